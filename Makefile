@@ -1,0 +1,31 @@
+# The two commands: `make demo` and `make test`. Both make .venv themselves.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo serve test lint help
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch  # first: a CPU build where pip is set up for one
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,export,serve,dev]'
+	touch $@
+
+demo: $(STAMP)  ## make data, train four tasks, export, serve on a real Triton, ask
+	$(BIN)/python -m demo
+
+serve: $(STAMP)  ## serve model_repository/ until Ctrl-C
+	$(BIN)/espalier serve
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint and all tests
+	$(BIN)/pytest

@@ -1,0 +1,202 @@
+"""The conversation with the server, without any I/O.
+
+A `Program` is a generator: it yields a call for a transport to make and is sent the reply, or the RequestError that
+came instead. So the clients, sync and async, over gRPC and over HTTP, share every decision and differ in waiting.
+"""
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from clients.catalogue import Catalogue, TaskInfo, read_catalogue, task_names
+from clients.results import Answer, Answers, Classification, Regression, Tagging
+from espalier import tagging
+from espalier.contract import ENSEMBLE, OFFSETS, Kind, head_name
+from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
+
+Item = str | tuple[str, str]
+"""A text, or a pair of texts."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """Ask for the config of `model`; the reply is a ModelConfig message."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class Infer:
+    """Send `texts` (bytes, [n, 1 or 2]) to the ensemble; the reply maps each of `outputs` to its array."""
+
+    texts: Array
+    outputs: tuple[str, ...]
+
+
+Call = ReadConfig | Infer
+T = TypeVar("T")
+Program = Generator[Call, Any, T]
+
+
+class _StaleError(Exception):
+    """A reply does not fit the catalogue; the message says how."""
+
+
+class Conversation:
+    """The calls behind each of the clients' methods, and the catalogue that they share.
+
+    The catalogue is read again after `max_age` seconds: a replaced head whose labels changed, but not their number,
+    shows in nothing that it answers.
+    """
+
+    def __init__(self, max_age: float = 30.0) -> None:
+        self._max_age = max_age
+        self._catalogue: Catalogue | None = None
+        self._expires = 0.0
+
+    def tasks(self) -> Program[dict[str, TaskInfo]]:
+        """Read from the server what is deployed."""
+        catalogue = yield from self._read()
+        return dict(catalogue.tasks)
+
+    def ask_batch(self, items: Sequence[Item], tasks: Sequence[str] | None) -> Program[list[Answers]]:
+        """Ask `tasks`, or all that are deployed, about `items`.
+
+        Tasks come and go while the server runs, so what fails by an old catalogue is tried once more by a new one.
+        """
+        _check_tasks(tasks)
+        batches = list(_batches(items))
+        if self._catalogue is not None and time.monotonic() < self._expires:
+            try:
+                return (yield from _ask(self._catalogue, batches, tasks))
+            except (UnavailableError, DeadlineError):
+                raise
+            except (UnknownTaskError, _StaleError):
+                pass
+            except RequestError:
+                if (yield from self._is_current(self._catalogue)):
+                    raise
+        catalogue = yield from self._read()
+        try:
+            return (yield from _ask(catalogue, batches, tasks))
+        except _StaleError as error:
+            raise RequestError(str(error)) from error
+
+    def _read(self) -> Program[Catalogue]:
+        ensemble = yield ReadConfig(ENSEMBLE)
+        heads = []
+        for task in task_names(ensemble):
+            heads.append((yield ReadConfig(head_name(task))))
+        self._expires = time.monotonic() + self._max_age
+        self._catalogue = read_catalogue(ensemble, heads)
+        return self._catalogue
+
+    def _is_current(self, catalogue: Catalogue) -> Program[bool]:
+        ensemble = yield ReadConfig(ENSEMBLE)
+        return task_names(ensemble) == list(catalogue.tasks)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Items of one width, and their places among all."""
+
+    places: list[int]
+    items: list[Item]
+    texts: Array  # [n, 1 or 2]
+
+    def parts(self, size: int) -> Iterator["_Batch"]:
+        for i in range(0, len(self.places), size):
+            part = slice(i, i + size)
+            yield _Batch(self.places[part], self.items[part], self.texts[part])
+
+
+def _batches(items: Sequence[Item]) -> Iterator[_Batch]:
+    """Check `items` and yield those that are texts, then those that are pairs."""
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise RequestError(f"items must be a list of texts or pairs, not {type(items).__name__}")
+    if not items:
+        raise RequestError("the batch is empty; send at least one text")
+    rows = [_row(place, item) for place, item in enumerate(items)]
+    for width in (1, 2):
+        places = [place for place, row in enumerate(rows) if len(row) == width]
+        if places:
+            texts = np.array([rows[place] for place in places], dtype=np.object_)
+            yield _Batch(places, [items[place] for place in places], texts)
+
+
+def _row(place: int, item: Item) -> list[bytes]:
+    texts = (item,) if isinstance(item, str) else item
+    if not isinstance(texts, tuple) or (len(texts) != 2 and not isinstance(item, str)):
+        what = f"a tuple of {len(texts)}" if isinstance(texts, tuple) else type(texts).__name__
+        raise RequestError(f"item {place} must be a text or a pair of texts, not {what}")
+    row = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise RequestError(f"item {place} must consist of texts, not {type(text).__name__}")
+        try:
+            row.append(text.encode())
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"item {place} is not valid text: U+{ord(text[error.start]):04X} at position {error.start} is half a "
+                "surrogate pair"
+            ) from error
+    return row
+
+
+def _check_tasks(tasks: Sequence[str] | None) -> None:
+    if tasks is None:
+        return
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+        raise RequestError(f"tasks must be a list of task names, not {tasks!r}")
+    if not tasks:
+        raise RequestError("tasks is empty; name at least one, or leave it out to ask all")
+
+
+def _ask(catalogue: Catalogue, batches: Sequence[_Batch], tasks: Sequence[str] | None) -> Program[list[Answers]]:
+    infos = catalogue.choose(tasks)
+    outputs = tuple(info.task for info in infos)
+    if any(info.kind is Kind.TAGGING for info in infos):
+        outputs += (OFFSETS,)
+    answers: dict[int, Answers] = {}
+    for batch in batches:
+        for part in batch.parts(catalogue.max_batch_size):
+            reply = yield Infer(part.texts, outputs)
+            answers.update(zip(part.places, parse(part.items, infos, reply), strict=True))
+    return [answers[place] for place in sorted(answers)]
+
+
+def parse(items: Sequence[Item], infos: Sequence[TaskInfo], reply: Mapping[str, Array]) -> list[Answers]:
+    """Read the answers to n `items` from the outputs: [n,C], [n,1] or [n,S,C] per task, and offsets [n,S,2]."""
+    for info in infos:
+        _check_shape(info, reply[info.task], len(items))
+        if info.kind is Kind.TAGGING and reply[OFFSETS].shape != (*reply[info.task].shape[:2], 2):
+            raise RequestError(f"{info.model} and {OFFSETS!r} tell of different numbers of tokens")
+    return [Answers({info.task: _answer(item, info, row, reply) for info in infos}) for row, item in enumerate(items)]
+
+
+def _check_shape(info: TaskInfo, output: Array, n: int) -> None:
+    width = 1 if info.kind is Kind.REGRESSION else len(info.labels)
+    dims = 3 if info.kind is Kind.TAGGING else 2
+    if output.ndim != dims or output.shape[0] != n or output.shape[-1] != width:
+        what = "one value" if info.kind is Kind.REGRESSION else f"{width} labels"
+        raise _StaleError(f"{info.model} names {what}, but answers {n} items with shape {list(output.shape)}")
+
+
+def _answer(item: Item, info: TaskInfo, row: int, reply: Mapping[str, Array]) -> Answer:
+    values = reply[info.task][row]
+    match info.kind:
+        case Kind.CLASSIFICATION:
+            best = int(values.argmax())
+            probabilities = dict(zip(info.labels, values.tolist(), strict=True))
+            return Classification(info.labels[best], float(values[best]), probabilities)
+        case Kind.REGRESSION:
+            return Regression(float(values[0]))
+        case Kind.TAGGING:
+            words, spans = tagging.decode(item, reply[OFFSETS][row], values, info.labels)
+            return Tagging(spans, words)

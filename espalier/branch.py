@@ -1,0 +1,150 @@
+"""A branch: what one task owns above the trunk – its layers, its output, and where all of it came from.
+
+On disk a folder with `branch.safetensors` (the weights) and `branch.json` (everything else).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from espalier.contract import Kind
+from espalier.encoder import Base, EncoderConfig, Layer
+from espalier.errors import BranchError, FingerprintError
+from espalier.files import digest, whole_folder, write_whole
+from espalier.spec import TaskSpec
+
+WEIGHTS_FILE = "branch.safetensors"
+CARD_FILE = "branch.json"
+
+
+class BranchCard(BaseModel):
+    """Everything about a branch but its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: TaskSpec
+    labels: tuple[str, ...]  # empty for regression
+    base: str
+    revision: str
+    fingerprint: str  # of the frozen part below the tap, tokenizer included
+    tap: int
+    layers: int
+    encoder: dict[str, Any]  # the EncoderConfig of its layers
+    metrics: dict[str, float]  # on dev, of the epoch that was kept
+    history: list[dict[str, float]]  # dev metrics by epoch
+    arguments: dict[str, Any]  # what training was asked for, the seed included
+    teacher: str | None  # digest of the branch it was distilled from
+    inputs: str  # digest of all that the training depends on
+    versions: dict[str, str]  # of the libraries
+    weights: str  # sha256 of the weights file
+
+    @property
+    def score(self) -> float:
+        """The dev metric that the spec names."""
+        return self.metrics[self.spec.metric]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the branch: of its weights, labels, tap and trunk."""
+        return digest(self.spec.name, self.weights, json.dumps(self.labels), str(self.tap), self.fingerprint)
+
+
+class Branch(nn.Module):
+    """Task layers and an output layer: hidden state at the tap [B,S,H] → logits.
+
+    Logits are [B,C] for classification, [B,1] for regression (both read the first token, [CLS]), and [B,S,C] for
+    tagging.
+    """
+
+    def __init__(self, config: EncoderConfig, kind: Kind, layers: int, outputs: int) -> None:
+        super().__init__()
+        self.config = config
+        self.kind = kind
+        self.layers = nn.ModuleList(Layer(config) for _ in range(layers))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.output = nn.Linear(config.hidden_size, outputs)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits for hidden [B,S,H]; mask [B,S] is true for real tokens."""
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        if self.kind is not Kind.TAGGING:
+            hidden = hidden[:, 0]  # [B,H]
+        logits: Tensor = self.output(self.dropout(hidden))
+        return logits
+
+    def answer(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return what the served head returns: probabilities, or the value itself for regression."""
+        logits = self(hidden, mask)
+        return logits if self.kind is Kind.REGRESSION else F.softmax(logits, dim=-1)
+
+
+def save_branch(path: Path, branch: Branch, card: BranchCard) -> BranchCard:
+    """Write the branch folder whole, in the place of one that was there; return the card with the weights' digest."""
+    content = save({name: tensor.contiguous() for name, tensor in branch.state_dict().items()})
+    card = card.model_copy(update={"weights": digest(content)})
+    try:
+        with whole_folder(path) as folder:
+            (folder / WEIGHTS_FILE).write_bytes(content)
+            write_whole(folder / CARD_FILE, card.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise BranchError(f"the branch cannot be written to {path}: {error.strerror or error}") from error
+    return card
+
+
+def read_card(path: Path) -> BranchCard:
+    """Read a branch's card alone; raise BranchError if it is missing or damaged."""
+    file = path / CARD_FILE
+    try:
+        return BranchCard.model_validate_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BranchError(f"{path} is not a branch folder: {CARD_FILE} cannot be read ({error.strerror})") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise BranchError(f"{file} is damaged: {first}; train the branch again") from error
+
+
+def load_branch(path: Path) -> tuple[Branch, BranchCard]:
+    """Read a branch folder; raise BranchError if it is missing or damaged."""
+    card = read_card(path)
+    file = path / WEIGHTS_FILE
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BranchError(f"{file} cannot be read: {error.strerror}") from error
+    if digest(content) != card.weights:
+        raise BranchError(f"{file} is damaged: its digest is not the one in {CARD_FILE}; copy or train it again")
+    branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, max(1, len(card.labels)))
+    try:
+        branch.load_state_dict(load(content))
+    except (SafetensorError, RuntimeError) as error:
+        raise BranchError(f"{file} does not hold the layers that {CARD_FILE} names: {error}") from error
+    return branch.eval(), card
+
+
+def check_trunk(card: BranchCard, base: Base, where: str) -> None:
+    """Raise FingerprintError unless `base` is, below the tap, the trunk that the branch was trained on."""
+    layers = base.config.num_hidden_layers
+    if card.tap > layers:
+        raise FingerprintError(f"{where} taps layer {card.tap}, but {base.name!r} has {layers} layers")
+    have = base.fingerprint(card.tap)
+    if have != card.fingerprint:
+        raise FingerprintError(
+            f"{where} was trained on another trunk: below layer {card.tap} its fingerprint is "
+            f"{card.fingerprint[:12]}, that of {base.name!r} is {have[:12]}; "
+            f"train it again on {base.name!r}, or use the base {card.base!r} at revision {card.revision}"
+        )
+
+
+@torch.no_grad()
+def answer(base: Base, branch: Branch, tap: int, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the plain PyTorch answer, the reference for everything exported: padded, not folded, no server."""
+    branch.eval()
+    return branch.answer(base.encoder(input_ids, token_type_ids, mask, tap=tap), mask)

@@ -1,0 +1,307 @@
+"""The command line. Each command imports what it needs when it runs, so that the client's commands need no torch."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from espalier import __version__, show
+from espalier.contract import HeadInfo, Repository, Target
+from espalier.errors import EspalierError, SpecError
+
+if TYPE_CHECKING:
+    from clients import Client
+    from espalier.branch import BranchCard
+    from training.finetune import Report
+
+app = typer.Typer(
+    help="Many NLP tasks on one frozen BERT trunk, served as one Triton ensemble.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Base = Annotated[
+    str, typer.Option(help="Pre-trained BERT: hub id, local folder, or pkg:PACKAGE/FOLDER for one in a Python package.")
+]
+Revision = Annotated[str | None, typer.Option(help="Revision of the base on the hub.")]
+Epochs = Annotated[int, typer.Option(help="Passes over train; the best one on dev is kept.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same branch on the same machine.")]
+MaxTrain = Annotated[int | None, typer.Option(help="Use the first so many rows of train.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Folder of the spec's data paths. [default: the spec's own folder]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a pipe instead of a table.")]
+RepositoryPath = Annotated[Path, typer.Option("--repository", help="The model repository.")]
+Url = Annotated[
+    str | None, typer.Option(help="HOST:PORT of the server. [default: localhost:8001, or :8000 with --http]")
+]
+Http = Annotated[bool, typer.Option("--http", help="Ask over HTTP instead of gRPC.")]
+
+
+@app.command(epilog="Example: `espalier train sst2.yaml --base google-bert/bert-base-uncased --tap 7 --layers 3`")
+def train(
+    spec: Annotated[Path, typer.Argument(help="The task's spec file (YAML).")],
+    tap: Annotated[int, typer.Option(help="Depth at which the task branches off; the layers below stay frozen.")],
+    base: Base = "google-bert/bert-base-uncased",
+    revision: Revision = None,
+    data: Data = None,
+    layers: Annotated[int | None, typer.Option(help="Task layers above the tap. [default: all that are left]")] = None,
+    epochs: Epochs = 4,
+    learning_rate: LearningRate = 5e-5,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    max_train: MaxTrain = None,
+    out: Annotated[Path | None, typer.Option(help="The branch folder. [default: branches/TASK]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a branch on the frozen trunk. Stopped, it goes on from its last epoch; up to date, it is kept."""
+    from espalier.encoder import load_base
+    from espalier.spec import load_spec
+
+    task = load_spec(spec, data)
+    out = out or Path("branches") / task.name
+    with show.waiting("loading the base"):
+        from training.finetune import Arguments
+        from training.finetune import train as fine_tune
+
+        loaded = load_base(base, revision)
+    arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
+    with training_progress(task.name) as report:
+        card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report)
+    _print_branch(card, out, trained, as_json)
+
+
+@app.command(epilog="Example: `espalier distill branches/sst2 --layers 1 --out branches/sst2-1`")
+def distill(
+    teacher: Annotated[Path, typer.Argument(help="The branch folder of the teacher.")],
+    layers: Annotated[int, typer.Option(help="Layers of the student, fewer than the teacher's.")],
+    out: Annotated[Path, typer.Option(help="The student's branch folder.")],
+    epochs: Epochs = 4,
+    learning_rate: LearningRate = 5e-5,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    max_train: MaxTrain = None,
+    as_json: Json = False,
+) -> None:
+    """Distil a branch to fewer layers: same trunk, same tap, same task."""
+    from espalier.branch import read_card
+    from espalier.encoder import load_base
+
+    card = read_card(teacher)
+    with show.waiting("loading the base"):
+        from training.distill import distill as distil_branch
+        from training.finetune import Arguments
+
+        base = load_base(card.base, None if card.revision == "local" else card.revision)
+    arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
+    with training_progress(card.spec.name) as report:
+        student, trained = distil_branch(teacher, base, layers, arguments, out, report)
+    _print_branch(student, out, trained, as_json)
+
+
+@app.command(epilog="Example: `espalier export branches/sst2-1 branches/mrpc --target cpu`")
+def export(
+    branches: Annotated[list[Path], typer.Argument(help="Branch folders to add or replace.")],
+    repository: RepositoryPath = Path("model_repository"),
+    target: Annotated[Target, typer.Option(help="cpu: FP32; gpu: FP16.")] = Target.CPU,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the trunk (cpu). [default: all cores]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write branches into a model repository. Heads of other tasks stay as they are, byte for byte."""
+    with show.waiting("exporting") as status:
+        from export.repository import Exported
+        from export.repository import export as export_branches
+
+        def report(exported: Exported) -> None:
+            status.update(f"exporting: {exported.model} done")
+
+        done = export_branches(branches, repository, target, threads, report=report)
+    if as_json:
+        _print_json([{"model": e.model, "written": e.written, "difference": e.difference} for e in done])
+    else:
+        show.exported(done, repository)
+
+
+@app.command(epilog="Example: `espalier serve --repository model_repository --grpc-port 9001`")
+def serve(
+    repository: RepositoryPath = Path("model_repository"),
+    http_port: Annotated[int, typer.Option(help="Port for HTTP.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Port for gRPC.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Port for Prometheus metrics.")] = 8002,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    log_file: Annotated[Path, typer.Option(help="Triton's log.")] = Path("logs/tritonserver.log"),
+) -> None:
+    """Serve a model repository with the embedded Triton until Ctrl-C or SIGTERM."""
+    from serving.preflight import check_repository
+    from serving.triton import TritonServer
+
+    heads = check_repository(repository)
+    server = TritonServer(
+        repository, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
+    )
+    with show.waiting(f"starting Triton with {len(heads)} tasks") as status, server:
+        status.stop()
+        show.serving(server, heads)
+        server.wait()
+
+
+@app.command(epilog='Example: `espalier ask "Wake me at 7:30" --task intent --task slots`')
+def ask(
+    texts: Annotated[list[str], typer.Argument(help="Texts; - reads one per line from standard input.")],
+    task: Annotated[list[str] | None, typer.Option(help="Ask this task alone; may be repeated. [default: all]")] = None,
+    pair: Annotated[str | None, typer.Option(help="The second sentence, for a task about two.")] = None,
+    url: Url = None,
+    http: Http = False,
+    timeout: Annotated[float, typer.Option(help="Deadline in seconds.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Ask a running server and print typed answers."""
+    if texts == ["-"]:
+        texts = [line.rstrip("\n") for line in sys.stdin]
+    items = [(text, pair) if pair is not None else text for text in texts]
+    with connect(url, http, timeout) as client:
+        answers = client.ask_batch(items, tasks=task)
+    if as_json:
+        for item, answer in zip(items, answers, strict=True):
+            _print_json({"text": item, "answers": answer.to_dict()})
+    else:
+        show.answers(list(zip(items, answers, strict=True)))
+
+
+@app.command(epilog="Example: `espalier tasks --url localhost:8001`, or `espalier tasks --repository model_repository`")
+def tasks(
+    url: Url = None,
+    http: Http = False,
+    repository: Annotated[Path | None, typer.Option(help="Look into this folder instead of asking a server.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what is deployed: task, kind, tap, layers, dev metric, fingerprint."""
+    if repository is None:
+        with connect(url, http, timeout=30.0) as client:
+            heads: list[HeadInfo] = list(client.tasks().values())
+    elif repository.is_dir():
+        heads = Repository(repository).heads()
+    else:
+        raise SpecError(f"{repository}: there is no such model repository")
+    if as_json:
+        _print_json([head.model_dump(mode="json") for head in heads])
+    else:
+        show.tasks(heads)
+
+
+@app.command(epilog="Example: `espalier evaluate sst2.yaml --url localhost:8001`")
+def evaluate(
+    spec: Annotated[Path, typer.Argument(help="The task's spec file (YAML).")],
+    data: Data = None,
+    url: Url = None,
+    http: Http = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per request.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Score a deployed task on its dev split, through the server."""
+    from espalier.spec import load_spec
+
+    task = load_spec(spec, data)
+    with show.waiting("loading the metrics"):
+        from clients.evaluate import evaluate as score
+    with connect(url, http, timeout=60.0) as client, _bar() as bar:
+        row = bar.add_task(task.name, total=None)
+        metrics = score(client, task, batch_size, lambda done, total: bar.update(row, completed=done, total=total))
+        offline = client.tasks()[task.name]
+    if as_json:
+        _print_json({"task": task.name, "served": metrics, "metric": offline.metric, "offline": offline.score})
+    else:
+        show.evaluation(task.name, metrics, offline)
+
+
+# --- shared by the commands and the demo ------------------------------------------------------------------------
+
+
+@contextmanager
+def connect(url: str | None, http: bool, timeout: float) -> "Iterator[Client]":
+    """Open a client to `url`, by default the local server's."""
+    from clients import Client
+
+    with Client(url, protocol="http" if http else "grpc", timeout=timeout) as client:
+        yield client
+
+
+def _bar() -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"), console=show.messages,
+    )  # fmt: skip
+
+
+@contextmanager
+def training_progress(name: str) -> "Iterator[Report]":
+    """Show a bar over the optimizer steps and the dev metrics after each epoch."""
+    from training.finetune import Progress as Step
+
+    with _bar() as bar:
+        row = bar.add_task(name, total=None, note="")
+
+        def report(step: Step) -> None:
+            bar.update(row, completed=step.step, total=step.steps)
+            if step.metrics is not None:
+                scores = "  ".join(f"{key} {value:.3f}" for key, value in step.metrics.items() if key != "epoch")
+                bar.update(row, note=f"dev after epoch {step.epoch:.0f}: {scores}")
+
+        yield report
+        bar.update(row, visible=False)
+
+
+def _print_branch(card: "BranchCard", out: Path, trained: bool, as_json: bool) -> None:
+    if as_json:
+        keep = {"labels", "base", "revision", "tap", "layers", "metrics", "fingerprint", "arguments"}
+        _print_json({"task": card.spec.name, "branch": str(out), "trained": trained, **card.model_dump(include=keep)})
+    else:
+        show.branch(card, out, trained)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one sentence on standard error and exit status 1."""
+    try:
+        app()
+    except EspalierError as error:
+        show.error(str(error))
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        # The base install is the client; the other commands live in extras.
+        if (error.name or "").partition(".")[0] in ("espalier", "clients", "training", "export", "serving"):
+            raise
+        show.error(f"this command needs the Python package {error.name!r}: pip install 'espalier[train,export,serve]'")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        show.error("stopped; the same command goes on where it was")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Every exception that Espalier raises on purpose.
+
+    EspalierError
+    ├── SpecError             a task spec is wrong
+    ├── DataError             a data file or data set is wrong
+    ├── CheckpointError       a base checkpoint cannot be used as a trunk
+    ├── BranchError           a branch file is missing, damaged or does not fit the request
+    ├── ContractError         a model folder breaks the model-repository contract
+    │   └── FingerprintError  it belongs to another trunk
+    ├── ExportError           an export could not be made or is not equal to PyTorch
+    ├── ServerError           the embedded Triton could not be started or died
+    └── RequestError          a request was refused
+        ├── UnknownTaskError  it names a task that is not deployed
+        ├── UnavailableError  no server answered
+        └── DeadlineError     the answer did not come in time
+
+The message of each is one or two sentences that say what was wrong, where, and what to do. The command line
+prints it without a traceback.
+"""
+
+__all__ = [
+    "BranchError",
+    "CheckpointError",
+    "ContractError",
+    "DataError",
+    "DeadlineError",
+    "EspalierError",
+    "ExportError",
+    "FingerprintError",
+    "RequestError",
+    "ServerError",
+    "SpecError",
+    "UnavailableError",
+    "UnknownTaskError",
+]
+
+
+class EspalierError(Exception):
+    """Base of every exception that Espalier raises on purpose."""
+
+
+class SpecError(EspalierError):
+    """A task spec is wrong."""
+
+
+class DataError(EspalierError):
+    """A data file or data set is wrong; the message names file and line."""
+
+
+class CheckpointError(EspalierError):
+    """A base checkpoint cannot be used as a trunk."""
+
+
+class BranchError(EspalierError):
+    """A branch file is missing, damaged or does not fit the request."""
+
+
+class ContractError(EspalierError):
+    """A model folder breaks the model-repository contract."""
+
+
+class FingerprintError(ContractError):
+    """A branch or head belongs to another trunk than the one at hand."""
+
+
+class ExportError(EspalierError):
+    """An export could not be made, or what was made is not equal to PyTorch."""
+
+
+class ServerError(EspalierError):
+    """The embedded Triton could not be started, or died."""
+
+
+class RequestError(EspalierError):
+    """A request was refused, by the client's own checks or by the server."""
+
+
+class UnknownTaskError(RequestError):
+    """A request names a task that is not deployed; the message lists those that are."""
+
+
+class UnavailableError(RequestError):
+    """No server answered, also after the retries."""
+
+
+class DeadlineError(RequestError):
+    """The answer did not come within the deadline."""

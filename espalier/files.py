@@ -1,0 +1,67 @@
+"""Whole files or none: write to a temporary neighbour, then rename.
+
+A reader never sees half a file, and a full disk or a kill leaves the old content in place.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def digest(*parts: bytes | str) -> str:
+    """Return the sha256 of `parts` as hex; each part is framed by its length, so that no two lists collide."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        sha.update(len(data).to_bytes(8, "little"))
+        sha.update(data)
+    return sha.hexdigest()
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write `content` to `path` so that `path` holds all of it or what it held before."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, staging: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` if the block ends well, and vanishes if it does not.
+
+    `staging` is where the folder grows: by default beside `target`. It must be on the same file system.
+    """
+    home = staging or target.parent
+    home.mkdir(parents=True, exist_ok=True)
+    growing = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=home))
+    try:
+        os.chmod(growing, 0o755)
+        yield growing
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=home))
+            os.rename(target, old / target.name)  # a folder with content cannot be renamed over
+            try:
+                os.rename(growing, target)
+            except BaseException:
+                os.rename(old / target.name, target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(growing, target)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)

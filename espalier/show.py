@@ -1,0 +1,118 @@
+"""What people read: tables on standard output, messages and progress on standard error."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
+
+from espalier.contract import HeadInfo
+
+if TYPE_CHECKING:
+    from clients import Answer, Answers
+    from espalier.branch import BranchCard
+    from export.repository import Exported
+    from serving.triton import TritonServer
+
+output = Console()
+messages = Console(stderr=True)
+
+_CHANCE = 0.005  # labels below this are not worth a reader's time
+
+
+def error(sentence: str) -> None:
+    """Print an error."""
+    messages.print(f"[bold red]Error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Status]:
+    """Show a spinner while the block runs."""
+    with messages.status(what) as status:
+        yield status
+
+
+def branch(card: "BranchCard", out: Path, trained: bool) -> None:
+    """Print one line about a branch."""
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in card.metrics.items())
+    state = "trained" if trained else "up to date"
+    output.print(
+        f"[bold]{card.spec.name}[/]: {scores} on dev (tap {card.tap}, {card.layers} layers) → {escape(str(out))} "
+        f"({state})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def exported(done: "Sequence[Exported]", repository: Path) -> None:
+    """Print the model folders of an export."""
+    table = Table("model", "state", "largest difference from PyTorch", title=str(repository), title_justify="left")
+    for item in done:
+        difference = "" if item.difference is None else f"{item.difference:.1e}"
+        table.add_row(item.model, "written" if item.written else "up to date", difference)
+    output.print(table)
+
+
+def tasks(heads: Sequence[HeadInfo]) -> None:
+    """Print what is deployed."""
+    table = Table()
+    for column in ("task", "kind", "tap", "layers", "labels", "dev metric", "fingerprint"):
+        table.add_column(column, no_wrap=True)
+    for head in sorted(heads, key=lambda head: head.task):
+        table.add_row(
+            head.task,
+            "pair " * head.pair + head.kind,
+            str(head.tap),
+            str(head.layers),
+            str(len(head.labels) or ""),
+            f"{head.metric} {head.score:.3f}",
+            head.fingerprint[:8],
+        )
+    output.print(table)
+
+
+def serving(server: "TritonServer", heads: Sequence[HeadInfo]) -> None:
+    """Say that the server is up, and how to reach it."""
+    tasks(heads)
+    output.print(
+        f"gRPC [bold]{server.grpc_url}[/], HTTP [bold]{server.http_url}[/], metrics {server.metrics_url}, "
+        f"log {escape(str(server.log_file))}; Ctrl-C stops",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def answers(asked: "Sequence[tuple[str | tuple[str, str], Answers]]", title: str | None = None) -> None:
+    """Print one table of typed answers."""
+    table = Table("text", "task", "answer", title=title, title_justify="left", show_lines=False)
+    for item, by_task in asked:
+        text = item if isinstance(item, str) else " ⇄ ".join(item)
+        for number, (task, answer) in enumerate(by_task.items()):
+            table.add_row(escape(text) if number == 0 else "", task, _answer(answer))
+        table.add_section()
+    output.print(table)
+
+
+def _answer(answer: "Answer") -> str:
+    from clients import Classification, Regression
+
+    if isinstance(answer, Regression):
+        return f"{answer.value:.3f}"
+    if isinstance(answer, Classification):
+        ranked = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])
+        first, *rest = [f"{escape(label)} {chance:.2f}" for label, chance in ranked[:3] if chance >= _CHANCE]
+        return f"[bold]{first}[/]" + "".join(f"  [dim]{other}[/]" for other in rest)
+    spans = [f"[bold]{escape(span.label)}[/]={escape(repr(span.text))} {span.probability:.2f}" for span in answer.spans]
+    return ", ".join(spans) or "[dim]no spans[/]"
+
+
+def evaluation(task: str, served: dict[str, float], head: HeadInfo) -> None:
+    """Print served dev scores beside the offline one."""
+    table = Table("task", "metric", "served", "offline")
+    for name, value in served.items():
+        table.add_row(task, name, f"{value:.4f}", f"{head.score:.4f}" if name == head.metric else "")
+    output.print(table)

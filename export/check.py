@@ -1,0 +1,136 @@
+"""Is the exported graph the model? Every ONNX file is run against plain PyTorch on random ragged batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import Tensor
+
+from espalier.branch import Branch
+from espalier.contract import BELOW, Kind, Target
+from espalier.encoder import Encoder
+from espalier.errors import ExportError
+
+Array = npt.NDArray[Any]
+
+TOLERANCE = {Target.CPU: 1e-4, Target.GPU: 2e-2}
+"""Largest allowed difference from PyTorch in FP32, of values and hidden states. FP16 has a step of 4e-3 at 4 to 8."""
+
+PROBABILITY_TOLERANCE = {Target.CPU: 1e-4, Target.GPU: 2e-2}
+"""The same for probabilities."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A ragged batch as Triton makes it of several requests, and the same items padded for PyTorch."""
+
+    flat_ids: Array  # [P] the requests' input_ids, flattened and concatenated
+    flat_types: Array  # [P]
+    widths: Array  # [B] row length of each item in its request
+    lengths: Array  # [B] real tokens
+    input_ids: Tensor  # [B,S]
+    token_type_ids: Tensor  # [B,S]
+    mask: Tensor  # [B,S]
+
+    def flatten(self, padded: Tensor) -> Array:
+        """Return padded [B,S,·] as the flat rows [P,·] of the requests; rows of pads are 7, which must not matter."""
+        rows = []
+        for item, width, length in zip(padded.numpy(), self.widths, self.lengths, strict=True):
+            row = np.full((width, item.shape[-1]), 7.0, dtype=item.dtype)
+            row[:length] = item[:length]
+            rows.append(row)
+        return np.concatenate(rows)
+
+
+def random_batches(vocabulary: int, types: int, max_length: int, seed: int = 0) -> Iterator[Batch]:
+    """Yield ragged batches: one short item; one of the maximum length; requests of one and of several items."""
+    rng = np.random.default_rng(seed)
+    longest = min(48, max_length)
+    several = [list(rng.integers(2, longest, size=count)) for count in (1, 3, 1, 2, 1, 4)]
+    for requests in ([[2]], [[max_length]], several):
+        lengths = np.array([length for request in requests for length in request])
+        widths = np.array([max(request) for request in requests for _ in request])
+        size = lengths.max()
+        ids = rng.integers(0, vocabulary, size=(len(lengths), size))
+        kinds = rng.integers(0, types, size=(len(lengths), size))
+        mask = np.arange(size) < lengths[:, None]
+        pad = [np.arange(width) < length for width, length in zip(widths, lengths, strict=True)]
+
+        def flat(values: Array, pad: list[Array] = pad, widths: Array = widths) -> Array:
+            rows = zip(values, pad, widths, strict=True)
+            return np.concatenate([np.where(real, row[:width], 0) for row, real, width in rows])
+
+        yield Batch(
+            flat(ids), flat(kinds), widths, lengths,
+            torch.from_numpy(ids), torch.from_numpy(kinds), torch.from_numpy(mask),
+        )  # fmt: skip
+
+
+def _run(model: bytes, batch: Batch, inputs: dict[str, Array], item_dims: int) -> Array:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    shape = np.stack([batch.widths, np.full_like(batch.widths, 7)], axis=1)[:, :item_dims]
+    feed = {**inputs, "length": batch.lengths[:, None].astype(np.int32), "shape": shape.astype(np.int32)}
+    output: Array = session.run(None, feed)[0]
+    return output
+
+
+def _difference(batch: Batch, got: Array, want: Tensor, per_token: bool) -> float:
+    if per_token:
+        reference = batch.flatten(want)
+        real = np.concatenate([np.arange(w) < n for w, n in zip(batch.widths, batch.lengths, strict=True)])
+        if np.any(got[~real]):
+            return float("inf")  # pads must come out as zero
+        got, reference = got[real], reference[real]
+    else:
+        reference = want.numpy()
+    return float(np.abs(got.astype(np.float32) - reference).max(initial=0.0))
+
+
+@torch.no_grad()
+def check_segment(model: bytes, name: str, encoder: Encoder, start: int, stop: int, target: Target) -> float:
+    """Compare a trunk segment with the encoder; return the largest difference, raise ExportError if it is too large."""
+    worst = 0.0
+    config = encoder.config
+    for batch in random_batches(config.vocab_size, config.type_vocab_size, config.max_position_embeddings):
+        below = encoder(batch.input_ids, batch.token_type_ids, batch.mask, tap=start)
+        above = below
+        for layer in encoder.layers[start:stop]:
+            above = layer(above, batch.mask)
+        if start == 0:
+            got = _run(model, batch, {"input_ids": batch.flat_ids, "token_type_ids": batch.flat_types}, item_dims=1)
+        else:
+            got = _run(model, batch, {BELOW: _hidden(batch, below, target)}, item_dims=2)
+        worst = max(worst, _difference(batch, got, above, per_token=True))
+    return _judge(name, worst, TOLERANCE[target])
+
+
+@torch.no_grad()
+def check_head(model: bytes, name: str, encoder: Encoder, branch: Branch, tap: int, target: Target) -> float:
+    """Compare a head with its branch on hidden states of the trunk; as `check_segment`."""
+    worst = 0.0
+    config = encoder.config
+    for batch in random_batches(config.vocab_size, config.type_vocab_size, config.max_position_embeddings):
+        hidden = encoder(batch.input_ids, batch.token_type_ids, batch.mask, tap=tap)
+        got = _run(model, batch, {"hidden": _hidden(batch, hidden, target)}, item_dims=2)
+        want = branch.answer(hidden, batch.mask)
+        worst = max(worst, _difference(batch, got, want, per_token=branch.kind is Kind.TAGGING))
+    return _judge(name, worst, (TOLERANCE if branch.kind is Kind.REGRESSION else PROBABILITY_TOLERANCE)[target])
+
+
+def _hidden(batch: Batch, padded: Tensor, target: Target) -> Array:
+    return batch.flatten(padded).ravel().astype(np.float32 if target is Target.CPU else np.float16)
+
+
+def _judge(name: str, worst: float, tolerance: float) -> float:
+    if not worst <= tolerance:  # also refuses NaN
+        raise ExportError(
+            f"{name}: the exported graph differs from PyTorch by {worst:.1e}, more than {tolerance:.0e}; "
+            "nothing was written for it"
+        )
+    return worst

@@ -1,0 +1,96 @@
+"""The two kinds of ONNX model that export writes: a segment of the trunk, and the head of one task."""
+
+from typing import Any
+
+import numpy as np
+
+from espalier.branch import Branch
+from espalier.contract import BELOW, Kind, Target
+from espalier.encoder import Encoder
+from export.graph import FLOAT, INT64, Graph
+from export.layers import folded_layer, packed_layer
+from export.ragged import Layout, declare, scatter
+
+
+def precision(target: Target) -> type[np.floating[Any]]:
+    """Type of weights and hidden states for `target`."""
+    return np.float32 if target is Target.CPU else np.float16
+
+
+def segment_model(encoder: Encoder, start: int, stop: int, target: Target) -> bytes:
+    """Return the ONNX of trunk layers [start, stop), with the embeddings if `start` is 0.
+
+    Inputs: `input_ids` and `token_type_ids` [P], or `hidden_below` [P·H]; `length` [B,1]; `shape` [B,1] or [B,2].
+    Output: `hidden` [P,H], zero at pads.
+    """
+    graph = Graph(f"trunk_{start}_{stop}", precision(target))
+    size = encoder.config.hidden_size
+    if start == 0:
+        ids = graph.input("input_ids", INT64, ["tokens"])
+        types = graph.input("token_type_ids", INT64, ["tokens"])
+        layout = declare(graph, item_dims=1)
+        rows = ids
+        hidden = _embed(graph, encoder, ids, types, layout)  # [T,H]
+    else:
+        layout = declare(graph, item_dims=2)
+        rows = _rows(graph, BELOW, size)
+        hidden = graph.op("Gather", rows, layout.source, axis=0)  # [T,H]
+    for index in range(start, stop):
+        hidden = packed_layer(graph, f"layers.{index}", encoder.layers[index], hidden, layout)  # type: ignore[arg-type]
+    output = scatter(graph, layout, hidden, rows, size, zero=graph.number(0.0))
+    graph.output("hidden", output, graph.float_type, ["tokens", size])
+    return graph.serialize()
+
+
+def head_model(branch: Branch, task: str, target: Target) -> bytes:
+    """Return the ONNX of a branch. Of a sentence head the last layer is folded; a tagging head has none to fold.
+
+    Inputs: `hidden` [P·H], `length` [B,1], `shape` [B,2]. Output, always FP32: `probabilities` [B,C], `value` [B,1],
+    or for tagging `probabilities` [P,C].
+    """
+    graph = Graph(f"head_{task}", precision(target))
+    layout = declare(graph, item_dims=2)
+    rows = _rows(graph, "hidden", branch.config.hidden_size)  # [P,H]
+    layers: list[Any] = list(branch.layers)
+    tagging = branch.kind is Kind.TAGGING
+    full = layers if tagging else layers[:-1]
+    hidden, starts = rows, layout.starts
+    if full or tagging:
+        hidden, starts = graph.op("Gather", rows, layout.source, axis=0), layout.packed_starts  # [T,H]
+    for index, layer in enumerate(full):
+        hidden = packed_layer(graph, f"layers.{index}", layer, hidden, layout)
+    if not tagging:
+        if layers:
+            hidden = folded_layer(graph, f"layers.{len(full)}", layers[-1], hidden, starts, layout)  # [B,H]
+        else:
+            hidden = graph.op("Gather", hidden, starts, axis=0)
+    answer = graph.linear("output", hidden, branch.output)
+    width = branch.output.out_features
+    answer = graph.cast(answer, FLOAT)
+    if branch.kind is not Kind.REGRESSION:
+        answer = graph.op("Softmax", answer, axis=-1)
+    if tagging:
+        answer = scatter(graph, layout, answer, rows, width, zero=graph.cast(graph.number(0.0), FLOAT))
+    name = branch.kind.output
+    graph.output(name, answer, FLOAT, ["tokens" if tagging else "items", width])
+    return graph.serialize()
+
+
+def _rows(graph: Graph, name: str, size: int) -> str:
+    """Declare the flat input `name` [P·H] and return it as [P,H]."""
+    flat = graph.input(name, graph.float_type, ["values"])
+    return graph.op("Reshape", flat, graph.ints(-1, size))
+
+
+def _embed(graph: Graph, encoder: Encoder, ids: str, types: str, layout: Layout) -> str:
+    """Add the embeddings of the packed tokens [T,H]."""
+    g, embeddings = graph, encoder.embeddings
+
+    def look_up(name: str, indices: str) -> str:
+        table = g.weight(f"embeddings.{name}", getattr(embeddings, name).weight)
+        return g.op("Gather", table, indices, axis=0)
+
+    words = look_up("word", g.op("Gather", ids, layout.source, axis=0))
+    sentences = look_up("token_type", g.op("Gather", types, layout.source, axis=0))
+    total = g.op("Add", g.op("Add", words, look_up("position", layout.position)), sentences)
+    return g.layer_norm("embeddings.norm", total, embeddings.norm)

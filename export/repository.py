@@ -1,0 +1,235 @@
+"""Branches into a model repository: segments, heads, tokenizer, ensemble; each folder whole or untouched."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from espalier.branch import Branch, BranchCard, check_trunk, load_branch
+from espalier.contract import (
+    CONFIG_FILE,
+    ENSEMBLE,
+    LABELS_FILE,
+    MODEL_FILE,
+    TOKENIZER,
+    TOKENIZER_FILE,
+    HeadInfo,
+    Repository,
+    Target,
+    TrunkInfo,
+    ensemble_config,
+    head_config,
+    head_name,
+    render,
+    segments_for,
+    tokenizer_config,
+    trunk_config,
+)
+from espalier.encoder import Base, load_base
+from espalier.errors import ExportError, FingerprintError
+from espalier.files import whole_folder, write_whole
+from export.check import check_head, check_segment
+from export.models import head_model, segment_model
+
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of one model folder."""
+
+    model: str
+    written: bool  # False: it was up to date, not a byte changed
+    difference: float | None  # largest difference from PyTorch, where an ONNX file was written
+
+
+def export(
+    branches: Sequence[Path],
+    repository: Path,
+    target: Target = Target.CPU,
+    threads: int | None = None,
+    load: Callable[[str, str], Base] = lambda name, revision: load_base(
+        name, None if revision == "local" else revision
+    ),
+    report: Callable[[Exported], None] = lambda exported: None,
+) -> list[Exported]:
+    """Add or replace the heads of `branches` in `repository`; heads of other tasks stay as they are, byte for byte.
+
+    The trunk gets a segment end at every tap in use. `threads` is the intra-op pool of the trunk on the CPU target,
+    by default one per core. Raises ExportError, BranchError or FingerprintError; whatever was not finished then is
+    as it was before.
+    """
+    if not branches:
+        raise ExportError("no branch was given to export")
+    loaded = [(path, *load_branch(path)) for path in branches]
+    cards = [card for _, _, card in loaded]
+    for index, (path, _, card) in enumerate(loaded):
+        if any(card.spec.name == other.spec.name for other in cards[:index]):
+            raise ExportError(f"{path}: task {card.spec.name!r} is given twice")
+    first = cards[0]
+    for path, _, card in loaded:
+        if (card.base, card.revision) != (first.base, first.revision):
+            raise FingerprintError(
+                f"{path} was trained on {card.base!r} ({card.revision}), {branches[0]} on {first.base!r} "
+                f"({first.revision}); one repository has one trunk"
+            )
+    base = load(first.base, first.revision)
+    for path, _, card in loaded:
+        check_trunk(card, base, str(path))
+    if target is Target.CPU and threads is None:
+        threads = os.cpu_count()
+    try:
+        with _locked(repository):
+            return _Export(base, repository, target, threads, report).run([(b, c) for _, b, c in loaded])
+    except OSError as error:
+        raise ExportError(
+            f"{repository} cannot be written: {error.strerror or error}; the model folder at hand is as it was before"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(repository: Path) -> Iterator[None]:
+    """Let one export at a time change `repository`."""
+    repository.mkdir(parents=True, exist_ok=True)
+    with (repository / ".export.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            shutil.rmtree(_staging(repository), ignore_errors=True)
+
+
+def _staging(repository: Path) -> Path:
+    """Return where folders grow: beside the repository, for in it Triton takes every folder for a model."""
+    return repository.resolve().parent / f".{repository.resolve().name}.staging"
+
+
+class _Export:
+    def __init__(
+        self, base: Base, repository: Path, target: Target, threads: int | None, report: Callable[[Exported], None]
+    ) -> None:
+        self.base = base
+        self.repository = repository
+        self.target = target
+        self.threads = threads
+        self.report = report
+        self.done: list[Exported] = []
+
+    def run(self, branches: list[tuple[Branch, BranchCard]]) -> list[Exported]:
+        new = {card.spec.name: self._head_info(card) for _, card in branches}
+        kept = [head for head in Repository(self.repository).heads() if head.task not in new]
+        self._check_kept(kept)
+        heads = [*new.values(), *kept]
+        chain = segments_for(head.tap for head in heads)
+        trunk = [self._trunk_info(start, stop) for start, stop in chain]
+
+        self._tokenizer()
+        for info in trunk:
+            self._segment(info)
+        for branch, card in branches:
+            self._head(branch, new[card.spec.name])
+        self._put(ENSEMBLE, {CONFIG_FILE: render(ensemble_config(trunk, heads)).encode(), f"{VERSION}/.keep": b""})
+        for folder in self.repository.glob("trunk_*"):
+            if folder.name not in {info.model for info in trunk}:
+                shutil.rmtree(folder)  # after the ensemble has let go of it
+        return self.done
+
+    def _check_kept(self, kept: list[HeadInfo]) -> None:
+        for head in kept:
+            if head.tap > self.base.config.num_hidden_layers or self.base.fingerprint(head.tap) != head.fingerprint:
+                raise FingerprintError(
+                    f"{self.repository}/{head.model} belongs to another trunk than {self.base.name!r}; "
+                    "export to another folder, or remove that head"
+                )
+        for segment in Repository(self.repository).trunk() if kept else []:
+            if segment.target is not self.target:
+                raise ExportError(
+                    f"{self.repository} holds a {segment.target} export; one repository has one target: "
+                    f"export with --target {segment.target}, or to another folder"
+                )
+
+    def _trunk_info(self, start: int, stop: int) -> TrunkInfo:
+        return TrunkInfo(
+            start=start,
+            stop=stop,
+            hidden_size=self.base.config.hidden_size,
+            target=self.target,
+            base=self.base.name,
+            revision=self.base.revision,
+            fingerprint=self.base.fingerprint(stop),
+        )
+
+    def _head_info(self, card: BranchCard) -> HeadInfo:
+        return HeadInfo(
+            task=card.spec.name,
+            kind=card.spec.kind,
+            tap=card.tap,
+            layers=card.layers,
+            hidden_size=self.base.config.hidden_size,
+            labels=card.labels,
+            pair=card.spec.pair,
+            fingerprint=card.fingerprint,
+            branch_digest=card.digest,
+            metric=card.spec.metric,
+            score=round(card.score, 6),
+        )
+
+    def _tokenizer(self) -> None:
+        # File by file: in the project's own model_repository/ the code is there already and stays.
+        # A link to model_repository/tokenizer/1/model.py, so that an installed export brings it along.
+        code = files("export").joinpath("tokenizer_model.py").read_bytes()
+        content = {
+            CONFIG_FILE: render(tokenizer_config(self.base.max_length)).encode(),
+            f"{VERSION}/{TOKENIZER_FILE}": self.base.tokenizer.encode(),
+            f"{VERSION}/model.py": code,
+        }
+        changed = [name for name, data in content.items() if not _holds(self.repository / TOKENIZER / name, data)]
+        for name in changed:
+            write_whole(self.repository / TOKENIZER / name, content[name])
+        self._note(Exported(TOKENIZER, bool(changed), None))
+
+    def _segment(self, info: TrunkInfo) -> None:
+        encoder = self.base.encoder
+        model = segment_model(encoder, info.start, info.stop, self.target)
+        self._put(
+            info.model,
+            {CONFIG_FILE: render(trunk_config(info, self.threads)).encode(), f"{VERSION}/{MODEL_FILE}": model},
+            lambda: check_segment(model, info.model, encoder, info.start, info.stop, self.target),
+        )
+
+    def _head(self, branch: Branch, info: HeadInfo) -> None:
+        model = head_model(branch, info.task, self.target)
+        content = {CONFIG_FILE: render(head_config(info, self.target)).encode(), f"{VERSION}/{MODEL_FILE}": model}
+        if info.labels:
+            content[LABELS_FILE] = "".join(f"{label}\n" for label in info.labels).encode()
+        self._put(
+            head_name(info.task),
+            content,
+            lambda: check_head(model, info.model, self.base.encoder, branch, info.tap, self.target),
+        )
+
+    def _put(self, name: str, content: dict[str, bytes], check: Callable[[], float] | None = None) -> None:
+        """Make the model folder hold exactly `content`; leave it alone if it does, check what is new before."""
+        folder = self.repository / name
+        have = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        if have == set(content) and all(_holds(folder / file, data) for file, data in content.items()):
+            self._note(Exported(name, False, None))
+            return
+        difference = check() if check else None
+        with whole_folder(folder, staging=_staging(self.repository)) as growing:
+            for file, data in content.items():
+                (growing / file).parent.mkdir(parents=True, exist_ok=True)
+                (growing / file).write_bytes(data)
+        self._note(Exported(name, True, difference))
+
+    def _note(self, exported: Exported) -> None:
+        self.done.append(exported)
+        self.report(exported)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content

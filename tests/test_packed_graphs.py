@@ -1,0 +1,148 @@
+"""Packing and folding are exact: the ONNX graphs equal plain PyTorch for any mix of lengths and sizes."""
+
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from espalier.branch import Branch
+from espalier.contract import Kind, Target
+from espalier.encoder import Encoder, EncoderConfig
+from espalier.errors import ExportError
+from export import check
+from export.check import Batch, check_head, check_segment
+from export.models import head_model, segment_model
+
+
+def encoder(hidden: int = 16, heads: int = 4, layers: int = 3, activation: str = "gelu") -> Encoder:
+    torch.manual_seed(1)
+    config = EncoderConfig(
+        vocab_size=50, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=2 * hidden, max_position_embeddings=24, type_vocab_size=2, layer_norm_eps=1e-12,
+        hidden_act=activation, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+    )  # fmt: skip
+    return randomized(Encoder(config))
+
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def randomized(module: M) -> M:
+    """Draw every parameter, biases and LayerNorms too, so that none hides behind a zero or a one."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module.eval()
+
+
+def branch_of(trunk: Encoder, kind: Kind, layers: int, outputs: int) -> Branch:
+    torch.manual_seed(2)
+    return randomized(Branch(trunk.config, kind, layers, outputs))
+
+
+requests = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=6)
+"""Requests of a batch, each the lengths of its items."""
+
+
+def batch_of(lengths_by_request: list[list[int]], seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    lengths = np.array([length for request in lengths_by_request for length in request])
+    widths = np.array([max(request) for request in lengths_by_request for _ in request])
+    ids = rng.integers(0, 50, size=(len(lengths), lengths.max()))
+    types = rng.integers(0, 2, size=ids.shape)
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    flat = [
+        np.concatenate([np.pad(row[:n], (0, width - n)) for row, n, width in zip(values, lengths, widths, strict=True)])
+        for values in (ids, types)
+    ]
+    return Batch(*flat, widths, lengths, *(torch.from_numpy(values) for values in (ids, types, mask)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(requests, st.integers(0, 2**16), st.sampled_from([(0, 1), (0, 3), (1, 3)]))
+def test_segment_equals_encoder_for_any_mix_of_lengths(
+    lengths: list[list[int]], seed: int, cut: tuple[int, int]
+) -> None:
+    trunk = encoder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "random_batches", lambda *_: [batch_of(lengths, seed)])
+        assert check_segment(segment_model(trunk, *cut, Target.CPU), "segment", trunk, *cut, Target.CPU) < 1e-4
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests, st.integers(0, 2**16), st.sampled_from(list(Kind)), st.integers(0, 3))
+def test_head_equals_branch_for_any_mix_of_lengths(
+    lengths: list[list[int]], seed: int, kind: Kind, layers: int
+) -> None:
+    trunk = encoder()
+    branch = branch_of(trunk, kind, layers, 1 if kind is Kind.REGRESSION else 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "random_batches", lambda *_: [batch_of(lengths, seed)])
+        model = head_model(branch, "task", Target.CPU)
+        assert check_head(model, "head", trunk, branch, 1, Target.CPU) < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (8, 8), (24, 3)], ids=lambda sizes: f"H{sizes[0]}-A{sizes[1]}")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_other_sizes_and_activations(sizes: tuple[int, int], activation: str) -> None:
+    trunk = encoder(*sizes, activation=activation)
+    branch = branch_of(trunk, Kind.CLASSIFICATION, 2, 3)
+    check_segment(segment_model(trunk, 0, 3, Target.CPU), "segment", trunk, 0, 3, Target.CPU)
+    check_head(head_model(branch, "task", Target.CPU), "head", trunk, branch, 2, Target.CPU)
+
+
+def test_segments_in_a_chain_equal_one_trunk() -> None:
+    trunk = encoder()
+    batch = batch_of([[5], [3, 7], [1]], seed=0)
+    shape = np.stack([batch.widths, batch.widths * 0 + 16], axis=1).astype(np.int32)
+    lengths = batch.lengths[:, None].astype(np.int32)
+
+    def run(start: int, stop: int, feed: dict[str, np.ndarray], dims: int) -> np.ndarray:
+        session = onnxruntime.InferenceSession(segment_model(trunk, start, stop, Target.CPU))
+        return session.run(None, {**feed, "length": lengths, "shape": shape[:, :dims]})[0]
+
+    ids = {"input_ids": batch.flat_ids, "token_type_ids": batch.flat_types}
+    whole = run(0, 3, ids, 1)
+    hidden = run(0, 1, ids, 1)
+    for start, stop in pairwise([1, 2, 3]):
+        hidden = run(start, stop, {"hidden_below": hidden.ravel()}, 2)
+    np.testing.assert_allclose(hidden, whole, atol=1e-5)
+
+
+def test_fp16_stays_within_its_stated_tolerance(base) -> None:
+    model = segment_model(base.encoder, 0, 2, Target.GPU)
+    assert 0 < check_segment(model, "segment", base.encoder, 0, 2, Target.GPU) < check.TOLERANCE[Target.GPU]
+
+
+def test_graphs_are_of_the_agreed_opset_and_equal_from_run_to_run() -> None:
+    trunk = encoder()
+    first, second = (segment_model(trunk, 0, 2, Target.CPU) for _ in range(2))
+    assert first == second
+    model = onnx.load_from_string(first)
+    assert model.ir_version == 8
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 17)]
+
+
+def test_a_folded_head_has_no_keys_or_values_per_token() -> None:
+    """Its cost per token is that of the probes (2AH), not of a layer (12H²)."""
+    trunk = encoder(hidden=16, heads=4)
+    model = onnx.load_from_string(head_model(branch_of(trunk, Kind.CLASSIFICATION, 1, 3), "task", Target.CPU))
+    shapes = {weight.name: list(weight.dims) for weight in model.graph.initializer}
+    assert shapes["layers.0.key.weight"] == [4, 4, 16]
+    assert shapes["layers.0.value.weight"] == [4, 16, 4]
+    assert "layers.0.key.bias" not in shapes
+
+
+def test_a_wrong_graph_is_refused() -> None:
+    trunk = encoder()
+    other = encoder()
+    with torch.no_grad():
+        other.layers[1].down.bias[0] += 0.1  # one unit: LayerNorm would take back a shift of all
+    with pytest.raises(ExportError, match=r"trunk_0_3: the exported graph differs from PyTorch by \d"):
+        check_segment(segment_model(other, 0, 3, Target.CPU), "trunk_0_3", trunk, 0, 3, Target.CPU)

@@ -1,0 +1,1 @@
+"""Task data, partial fine-tuning and distillation: from a task spec to a branch file. Needs the extra `train`."""

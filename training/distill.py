@@ -1,0 +1,89 @@
+"""Distillation of a branch to fewer layers (paper, section on knowledge distillation).
+
+The student keeps the teacher's tap and starts from the teacher's bottommost task layers and its output layer. Loss:
+T²·KL(teacher ‖ student) at temperature T plus the hard loss, in equal parts; for regression the squared distance to
+the teacher's value plus that to the label; for tagging per token.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import set_seed
+
+from espalier.branch import Branch, BranchCard, check_trunk, load_branch
+from espalier.contract import Kind
+from espalier.encoder import Base
+from espalier.errors import BranchError, DataError
+from training.data import Example, load_data
+from training.features import IGNORED, collate, featurize
+from training.finetune import Arguments, Report, fit, hard_loss, inputs_digest, up_to_date
+
+TEMPERATURE = 2.0
+
+
+def soft_loss(kind: Kind, logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    """T²·KL between the softened distributions, over the items or labelled tokens; squared distance for regression."""
+    if kind is Kind.REGRESSION:
+        return F.mse_loss(logits, teacher)
+    counted = labels.flatten() != IGNORED
+    student = F.log_softmax(logits.flatten(0, -2)[counted] / TEMPERATURE, dim=-1)
+    target = F.log_softmax(teacher.flatten(0, -2)[counted] / TEMPERATURE, dim=-1)
+    return TEMPERATURE**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def logits_of(teacher: Branch, base: Base, card: BranchCard, examples: list[Example], batch_size: int) -> list[Tensor]:
+    """Return the teacher's logits by example: [C], [1], or [S,C] for tagging. They are constants: no dropout."""
+    features = featurize(card.spec.kind, card.labels, base.tokenizer, base.max_length, examples)
+    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))  # little padding
+    logits: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = collate([features[row] for row in rows])
+        hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=card.tap)
+        for row, answer in zip(rows, teacher(hidden, batch["mask"]), strict=True):
+            tagging = card.spec.kind is Kind.TAGGING
+            logits[row] = answer[: len(features[row]["input_ids"])].clone() if tagging else answer
+    return [logits[row] for row in range(len(features))]
+
+
+def distill(
+    teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report
+) -> tuple[BranchCard, bool]:
+    """Distil the branch at `teacher_path` to its bottommost `layers` layers; write the student to `out`.
+
+    Returns the student's card, and whether it was trained now (False: the branch at `out` was up to date).
+    """
+    teacher, card = load_branch(teacher_path)
+    check_trunk(card, base, str(teacher_path))
+    if not 0 < layers < card.layers:
+        raise BranchError(f"{teacher_path} has {card.layers} layers; a student has fewer, but at least 1, not {layers}")
+    if out.resolve() == teacher_path.resolve():
+        raise BranchError(f"the student would replace its teacher {teacher_path}; give another output folder")
+    data = load_data(card.spec, arguments.max_train)
+    if data.labels != card.labels:
+        raise DataError(
+            f"task {card.spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
+            "train the teacher again"
+        )
+    inputs = inputs_digest(card.spec, data, card.digest, card.tap, layers, arguments)
+    if student_card := up_to_date(out, inputs):
+        return student_card, False
+
+    set_seed(arguments.seed)
+    student = Branch(teacher.config, teacher.kind, layers, teacher.output.out_features)
+    student.layers.load_state_dict(teacher.layers[:layers].state_dict())
+    student.output.load_state_dict(teacher.output.state_dict())
+
+    def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
+        hard = hard_loss(card.spec.kind, logits, labels)
+        # dev batches have no teacher logits: their loss is only reported
+        return hard if target is None else hard + soft_loss(card.spec.kind, logits, labels, target)
+
+    return fit(
+        spec=card.spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
+        out=out, report=report, loss=loss, teacher=card.digest,
+        teacher_logits=logits_of(teacher, base, card, data.train, arguments.batch_size),
+    ), True  # fmt: skip

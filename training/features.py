@@ -1,0 +1,113 @@
+"""Examples as tensors: the tokenizer that also serves, labels per item or per token, padding per batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import Encoding, Tokenizer
+from torch import Tensor
+
+from espalier.contract import Kind
+from espalier.tagging import word_starts
+from training.data import Example
+
+IGNORED = -100
+"""Label of a token that the loss leaves out."""
+
+
+def encode(tokenizer_json: str, max_length: int, examples: Sequence[Example]) -> list[Encoding]:
+    """Tokenize as the served tokenizer does: special tokens, longest-first truncation to `max_length`."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    encodings: list[Encoding] = tokenizer.encode_batch(
+        [example.texts if len(example.texts) == 2 else example.texts[0] for example in examples]
+    )
+    return encodings
+
+
+def featurize(
+    kind: Kind, labels: Sequence[str], tokenizer_json: str, max_length: int, examples: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """Return one feature dict per example: input_ids, token_type_ids, labels and, for tagging, word_tokens.
+
+    `word_tokens[i]` is the index of the first token of word i, or -1 where truncation or the tokenizer left none.
+    """
+    index = {label: position for position, label in enumerate(labels)}
+    features = []
+    for example, encoding in zip(examples, encode(tokenizer_json, max_length, examples), strict=True):
+        feature: dict[str, Any] = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
+        match kind:
+            case Kind.CLASSIFICATION:
+                feature["labels"] = index[str(example.label)]
+            case Kind.REGRESSION:
+                feature["labels"] = example.label
+            case Kind.TAGGING:
+                feature["labels"], feature["word_tokens"] = _align(example, encoding, index)
+        features.append(feature)
+    return features
+
+
+def _align(example: Example, encoding: Encoding, index: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Give each word's tag to the tokens of that word.
+
+    A word of the data ("what's") may be several words to the tokenizer ("what", "'", "s"): its tag is spread over
+    them. Further pieces of one of the tokenizer's words are left out of the loss, and are not read when served.
+    """
+    assert isinstance(example.label, tuple)
+    starts = word_starts(example.texts[0], encoding.offsets)
+    labels = [IGNORED] * len(encoding.ids)
+    firsts = []
+    position = 0
+    for (begin, end), tag in zip(example.words, example.label, strict=True):
+        while position < len(labels) and (not starts[position] or encoding.offsets[position][0] < begin):
+            position += 1
+        own = []
+        while position < len(labels) and encoding.offsets[position][0] < end:
+            if starts[position]:
+                own.append(position)
+            position += 1
+        firsts.append(own[0] if own else -1)
+        for token, part in zip(own, spread(tag, len(own)), strict=True):
+            labels[token] = index.get(part, IGNORED)
+    return labels, firsts
+
+
+def spread(tag: str, parts: int) -> list[str]:
+    """Spread the BIO or BIOES tag of one word over `parts` parts of it."""
+    if parts <= 1:
+        return [tag] * parts
+    prefix, _, name = tag.partition("-")
+    inside = f"I-{name}"
+    match prefix:
+        case "B":
+            return [tag] + [inside] * (parts - 1)
+        case "S":
+            return [f"B-{name}"] + [inside] * (parts - 2) + [f"E-{name}"]
+        case "E":
+            return [inside] * (parts - 1) + [tag]
+        case _:
+            return [tag] * parts
+
+
+def collate(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad a batch to its own longest: input_ids, token_type_ids and mask [B,S]; labels [B] or [B,S]."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+
+    def pad(key: str, value: int) -> Tensor:
+        return torch.tensor([feature[key] + [value] * (longest - len(feature[key])) for feature in features])
+
+    batch = {"input_ids": pad("input_ids", 0), "token_type_ids": pad("token_type_ids", 0)}
+    lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
+    batch["mask"] = torch.arange(longest)[None, :] < lengths[:, None]
+    first = features[0]["labels"]
+    if isinstance(first, list):
+        batch["labels"] = pad("labels", IGNORED)
+    else:
+        batch["labels"] = torch.tensor([feature["labels"] for feature in features])
+    if "teacher_logits" in features[0]:
+        # [B,C], or [B,S,C] for tagging; padded tokens are masked by their label
+        batch["teacher_logits"] = torch.nn.utils.rnn.pad_sequence(
+            [feature["teacher_logits"] for feature in features], batch_first=True
+        )
+    return batch

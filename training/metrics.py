@@ -1,0 +1,48 @@
+"""Dev metrics, from answers as they are served: labels, numbers, tags by word. In all of them more is better."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
+from seqeval.metrics import f1_score as slot_f1
+from seqeval.metrics import precision_score as slot_precision
+from seqeval.metrics import recall_score as slot_recall
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from espalier.contract import Kind
+
+
+def score(kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: str | None = None) -> dict[str, float]:
+    """Score `predicted` against `gold`, in order.
+
+    Classification takes labels, regression numbers, tagging one list of tags per text. Correlations with a
+    constant are undefined and count as 0. `positive` is the label whose F1 is reported as `f1`.
+    """
+    match kind:
+        case Kind.CLASSIFICATION:
+            scores = {
+                "accuracy": accuracy_score(gold, predicted),
+                "macro_f1": f1_score(gold, predicted, average="macro", zero_division=0),
+                "matthews": matthews_corrcoef(gold, predicted),
+            }
+            if positive is not None:
+                hits, guesses = [label == positive for label in gold], [label == positive for label in predicted]
+                scores["f1"] = f1_score(hits, guesses, zero_division=0)
+        case Kind.REGRESSION:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConstantInputWarning)
+                scores = {
+                    "pearson": pearsonr(gold, predicted).statistic,
+                    "spearman": spearmanr(gold, predicted).statistic,
+                }
+        case Kind.TAGGING:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*seems not to be NE tag")
+                scores = {
+                    "slot_f1": slot_f1(gold, predicted, zero_division=0),
+                    "slot_precision": slot_precision(gold, predicted, zero_division=0),
+                    "slot_recall": slot_recall(gold, predicted, zero_division=0),
+                }
+    return {name: 0.0 if math.isnan(value) else float(value) for name, value in scores.items()}
