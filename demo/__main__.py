@@ -51,8 +51,8 @@ TEXTS = (
     "could you play something by Nina Simone whenever you get a chance",
 )
 PAIRS = (
-    ("Set a timer for ten minutes", "start a 10 minute timer"),
-    ("Set a timer for ten minutes", "start a timer for twenty minutes"),
+    ("Turn off the lights in the kitchen", "kitchen lights off, please"),
+    ("Turn off the lights in the kitchen", "switch the bedroom lights off"),
 )
 
 

@@ -86,8 +86,17 @@ class Branch(nn.Module):
         return logits if self.kind is Kind.REGRESSION else F.softmax(logits, dim=-1)
 
 
+def check_place(path: Path) -> None:
+    """Raise BranchError if `path` holds anything but a branch, which a branch written there would wipe out."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() and not ((path / CARD_FILE).exists() or (path / WEIGHTS_FILE).exists()):
+        raise BranchError(f"{path} exists and is no branch folder; name a folder of the branch's own")
+
+
 def save_branch(path: Path, branch: Branch, card: BranchCard) -> BranchCard:
     """Write the branch folder whole, in the place of one that was there; return the card with the weights' digest."""
+    check_place(path)
     content = save({name: tensor.contiguous() for name, tensor in branch.state_dict().items()})
     card = card.model_copy(update={"weights": digest(content)})
     try:
@@ -107,8 +116,14 @@ def read_card(path: Path) -> BranchCard:
     except OSError as error:
         raise BranchError(f"{path} is not a branch folder: {CARD_FILE} cannot be read ({error.strerror})") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise BranchError(f"{file} is damaged: {first}; train the branch again") from error
+        raise BranchError(f"{file} is damaged: {_reason(error)}; train the branch again") from error
+
+
+def _reason(error: ValidationError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return str(error)
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(str(part) for part in first["loc"]), first["msg"])))
 
 
 def load_branch(path: Path) -> tuple[Branch, BranchCard]:
@@ -121,11 +136,12 @@ def load_branch(path: Path) -> tuple[Branch, BranchCard]:
         raise BranchError(f"{file} cannot be read: {error.strerror}") from error
     if digest(content) != card.weights:
         raise BranchError(f"{file} is damaged: its digest is not the one in {CARD_FILE}; copy or train it again")
-    branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, max(1, len(card.labels)))
     try:
+        branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, max(1, len(card.labels)))
         branch.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError) as error:
-        raise BranchError(f"{file} does not hold the layers that {CARD_FILE} names: {error}") from error
+    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise BranchError(f"{file} does not hold the layers that {CARD_FILE} names: {reason}") from error
     return branch.eval(), card
 
 

@@ -214,7 +214,7 @@ def evaluate(
     with show.waiting("loading the metrics"):
         from clients.evaluate import evaluate as score
     with connect(url, http, timeout=60.0) as client, _bar() as bar:
-        row = bar.add_task(task.name, total=None)
+        row = bar.add_task(task.name, total=None, note="")
         metrics = score(client, task, batch_size, lambda done, total: bar.update(row, completed=done, total=total))
         offline = client.tasks()[task.name]
     if as_json:

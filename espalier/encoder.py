@@ -200,11 +200,20 @@ def load_base(base: str, revision: str | None = None) -> Base:
         config = AutoConfig.from_pretrained(location, revision=revision)
         if config.model_type != "bert":
             raise CheckpointError(f"base {base!r} is a {config.model_type!r} model; a trunk must be a 'bert'")
-        model = AutoModel.from_pretrained(location, revision=revision, dtype=torch.float32)
+        model, loaded = AutoModel.from_pretrained(
+            location, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many types, all with a telling message
+        raise CheckpointError(f"base {base!r} cannot be loaded: {_first_line(error)}") from error
+    # transformers draws at random what a checkpoint lacks. The pooler is no part of a trunk.
+    if absent := sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler.")):
+        raise CheckpointError(f"base {base!r} lacks {len(absent)} of its config's tensors: {absent[0]} and on")
+    try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"base {base!r} cannot be loaded: {first}") from error
+    except Exception as error:  # as above
+        raise CheckpointError(f"base {base!r}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CheckpointError(f"base {base!r} has no fast tokenizer; serving needs its tokenizer.json")
     encoder = from_bert(config, model.state_dict(), base)
@@ -218,6 +227,10 @@ def load_base(base: str, revision: str | None = None) -> Base:
         tokenizer=rust.to_str(),
         max_length=encoder.config.max_position_embeddings,
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def from_bert(config: Any, weights: Mapping[str, Tensor], name: str = "checkpoint") -> Encoder:

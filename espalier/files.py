@@ -4,6 +4,7 @@ A reader never sees half a file, and a full disk or a kill leaves the old conten
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -45,6 +46,8 @@ def whole_folder(target: Path, staging: Path | None = None) -> Iterator[Path]:
 
     `staging` is where the folder grows: by default beside `target`. It must be on the same file system.
     """
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     home = staging or target.parent
     home.mkdir(parents=True, exist_ok=True)
     growing = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=home))

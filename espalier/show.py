@@ -59,16 +59,16 @@ def exported(done: "Sequence[Exported]", repository: Path) -> None:
 
 def tasks(heads: Sequence[HeadInfo]) -> None:
     """Print what is deployed."""
-    table = Table()
-    for column in ("task", "kind", "tap", "layers", "labels", "dev metric", "fingerprint"):
+    table = Table(box=None, padding=(0, 2, 0, 0))  # narrow: seven columns on a terminal of 80
+    for column in ("task", "kind", "text", "tap", "layers", "dev metric", "fingerprint"):
         table.add_column(column, no_wrap=True)
     for head in sorted(heads, key=lambda head: head.task):
         table.add_row(
             head.task,
-            "pair " * head.pair + head.kind,
+            head.kind,
+            "pair" if head.pair else "one",
             str(head.tap),
             str(head.layers),
-            str(len(head.labels) or ""),
             f"{head.metric} {head.score:.3f}",
             head.fingerprint[:8],
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import tritonclient.grpc as triton
 from conftest import DEEP, SHALLOW, TASKS, Reference
 from tritonclient.utils import InferenceServerException
@@ -183,8 +184,9 @@ def test_served_scores_equal_offline_ones(
             for start in range(0, len(features), 50):
                 chunk = features[start : start + 50]
                 batch = collate(chunk)
-                hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=tap)
-                logits = branch(hidden, batch["mask"]).detach().numpy()
+                with torch.no_grad():
+                    hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=tap)
+                    logits = branch(hidden, batch["mask"]).numpy()
                 answers += decode(spec.kind, card.labels, logits, chunk)
             offline = score(spec.kind, gold(examples[task]), answers, spec.positive)
             assert served == pytest.approx(offline, abs=1e-4)

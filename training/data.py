@@ -60,8 +60,13 @@ def load_split(spec: TaskSpec, split: str) -> list[Example]:
     """Read and check the split `train` or `dev` of `spec`."""
     examples = [_example(spec, row, where) for row, where in _rows(spec, split)]
     if not examples:
-        raise DataError(f"task {spec.name}: the {split} split has no rows")
+        raise DataError(f"task {spec.name}: the {split} split has no rows ({_source(spec, split)})")
     return examples
+
+
+def _source(spec: TaskSpec, split: str) -> str:
+    source = getattr(spec.data, split)
+    return ", ".join(str(path) for path in source.values()) if isinstance(source, dict) else str(source)
 
 
 def _labels(spec: TaskSpec, train: Sequence[Example], dev: Sequence[Example]) -> tuple[str, ...]:
@@ -80,7 +85,8 @@ def _labels(spec: TaskSpec, train: Sequence[Example], dev: Sequence[Example]) ->
     if spec.positive is not None and spec.positive not in seen:
         raise DataError(f"task {spec.name}: no row of train has the positive label {spec.positive!r}")
     if len(seen) < 2:
-        raise DataError(f"task {spec.name}: train has the single label {next(iter(seen))!r}; nothing can be learnt")
+        have = "".join(f"the single label {label!r}" for label in seen) or "no label"
+        raise DataError(f"task {spec.name}: train has {have}; nothing can be learnt")
     return spec.labels or tuple(sorted(seen))
 
 
@@ -102,23 +108,35 @@ def _example(spec: TaskSpec, row: dict[str, Any], where: str) -> Example:
         return _tagged(row[spec.text[0]], row[spec.label], where)
     texts = []
     for column in spec.text:
-        text = " ".join(row[column]) if isinstance(row[column], list) else row[column]
+        text = row[column]
+        if isinstance(text, list) and all(isinstance(word, str) for word in text):
+            text = " ".join(text)
         if not isinstance(text, str):
             raise DataError(f"{where}: column {column!r} is {text!r}, not text")
-        texts.append(text.strip())
+        texts.append(_encodable(text.strip(), column, where))
     raw = row[spec.label]
     if spec.kind is Kind.REGRESSION:
         return Example(tuple(texts), _number(raw, spec.label, where))
     label = str(raw).strip() if isinstance(raw, str | int | bool) else ""
-    if not label:
+    # One label is one line of labels.txt.
+    if len(label.splitlines()) != 1:
         raise DataError(f"{where}: column {spec.label!r} is {raw!r}, not a label")
-    return Example(tuple(texts), label)
+    return Example(tuple(texts), _encodable(label, spec.label, where))
+
+
+def _encodable(text: str, column: str, where: str) -> str:
+    # JSON can escape half a surrogate pair, which no tokenizer and no file takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: column {column!r} is not Unicode: {error.reason} at {error.start}") from error
+    return text
 
 
 def _number(raw: Any, column: str, where: str) -> float:
     try:
         value = float(raw)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = float("nan")
     if not abs(value) < float("inf"):
         raise DataError(f"{where}: column {column!r} is {raw!r}, not a number")
@@ -133,6 +151,8 @@ def _tagged(tokens: Any, tags: Any, where: str) -> Example:
             raise DataError(f"{where}: {name} are {column!r}, not a list of words or words separated by spaces")
     if len(words) != len(marks):
         raise DataError(f"{where}: {len(words)} tokens, but {len(marks)} tags")
+    for item in (*words, *marks):
+        _encodable(item, "tokens or tags", where)
     spans, start = [], 0
     for word in words:
         spans.append((start, start + len(word)))
@@ -174,6 +194,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
+_QUOTES = "if quotes are ordinary characters in this file, say 'quoting: none' in the spec"
+
+
 def _table_rows(path: Path, data: TableData) -> Iterator[tuple[dict[str, Any], str]]:
     reader = csv.reader(
         (line + "\n" for _, line in _lines(path)),
@@ -181,6 +204,7 @@ def _table_rows(path: Path, data: TableData) -> Iterator[tuple[dict[str, Any], s
         quoting=csv.QUOTE_NONE if data.quoting == "none" else csv.QUOTE_MINIMAL,
         strict=True,
     )
+    before = 0
     try:
         header = next(reader, None)
         if header is None:
@@ -193,16 +217,14 @@ def _table_rows(path: Path, data: TableData) -> Iterator[tuple[dict[str, Any], s
             first, before = before + 1, reader.line_num
             where = f"{path}, line {first}"
             if before > first:
-                raise DataError(
-                    f"{where}: a quoted field runs on to line {before}; if quotes are ordinary characters in this "
-                    "file, say 'quoting: none' in the spec"
-                )
+                raise DataError(f"{where}: a quoted field runs on to line {before}; {_QUOTES}")
             if row and len(row) != len(header):
                 raise DataError(f"{where}: {len(row)} fields, but the header names {len(header)}")
             if row:
                 yield dict(zip(header, row, strict=True)), where
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+        advice = f"; {_QUOTES}" if data.quoting == "minimal" else ""
+        raise DataError(f"{path}, line {before + 1}: {error}{advice}") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -212,7 +234,7 @@ def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: not a JSON object")
@@ -259,7 +281,8 @@ def _hub_rows(data: HubData, split: str) -> Iterator[tuple[dict[str, Any], str]]
     try:
         table = load_dataset(data.dataset, data.config, split=split, revision=data.revision)
     except Exception as error:  # datasets raises many types, all with a telling message
-        raise DataError(f"the data set {name}, split {split!r}, cannot be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"the data set {name}, split {split!r}, cannot be loaded: {reason}") from error
 
     def plain(feature: Any, value: Any) -> Any:
         if isinstance(feature, ClassLabel):
@@ -269,4 +292,8 @@ def _hub_rows(data: HubData, split: str) -> Iterator[tuple[dict[str, Any], str]]
         return value
 
     for number, row in enumerate(table):
-        yield {key: plain(table.features[key], value) for key, value in row.items()}, f"{name}[{split}], row {number}"
+        where = f"{name}[{split}], row {number}"
+        try:
+            yield {key: plain(table.features[key], value) for key, value in row.items()}, where
+        except ValueError as error:  # GLUE marks a hidden label with -1
+            raise DataError(f"{where}: {error}") from error

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
+from scipy.stats import DegenerateDataWarning, pearsonr, spearmanr
 from seqeval.metrics import f1_score as slot_f1
 from seqeval.metrics import precision_score as slot_precision
 from seqeval.metrics import recall_score as slot_recall
@@ -18,24 +18,26 @@ def score(kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: s
     """Score `predicted` against `gold`, in order.
 
     Classification takes labels, regression numbers, tagging one list of tags per text. Correlations with a
-    constant are undefined and count as 0. `positive` is the label whose F1 is reported as `f1`.
+    constant, or of a single text, are undefined and count as 0. `positive` is the label whose F1 is reported as `f1`.
     """
     match kind:
         case Kind.CLASSIFICATION:
-            scores = {
-                "accuracy": accuracy_score(gold, predicted),
-                "macro_f1": f1_score(gold, predicted, average="macro", zero_division=0),
-                "matthews": matthews_corrcoef(gold, predicted),
-            }
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="A single label was found")
+                scores = {
+                    "accuracy": accuracy_score(gold, predicted),
+                    "macro_f1": f1_score(gold, predicted, average="macro", zero_division=0),
+                    "matthews": matthews_corrcoef(gold, predicted),
+                }
             if positive is not None:
                 hits, guesses = [label == positive for label in gold], [label == positive for label in predicted]
                 scores["f1"] = f1_score(hits, guesses, zero_division=0)
         case Kind.REGRESSION:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConstantInputWarning)
+                warnings.simplefilter("ignore", DegenerateDataWarning)
                 scores = {
-                    "pearson": pearsonr(gold, predicted).statistic,
-                    "spearman": spearmanr(gold, predicted).statistic,
+                    name: correlation(gold, predicted).statistic if len(gold) > 1 else 0.0
+                    for name, correlation in (("pearson", pearsonr), ("spearman", spearmanr))
                 }
         case Kind.TAGGING:
             with warnings.catch_warnings():

@@ -1,0 +1,283 @@
+"""Fine-tuning and distillation: they learn, they repeat, they resume, they leave the trunk alone."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from espalier.branch import BranchCard, load_branch
+from espalier.contract import Kind
+from espalier.encoder import Base
+from espalier.errors import BranchError, DataError, FingerprintError, SpecError
+from espalier.spec import TaskSpec, load_spec
+from training.data import load_data
+from training.distill import TEMPERATURE, distill, soft_loss
+from training.features import IGNORED, collate, featurize
+from training.finetune import Arguments, Progress, decode, gold, hard_loss, new_branch, train
+from training.metrics import score
+
+QUICK = Arguments(epochs=3, learning_rate=5e-3, batch_size=8, seed=1)
+COLOURS = ("red", "green", "blue")
+
+
+def silent(progress: Progress) -> None:
+    pass
+
+
+def write_task(folder: Path, kind: Kind, rows: int = 60) -> Path:
+    """Write a task that can be learnt: name the colour, say how many words, or tag the colour's word."""
+    rng = random.Random(5)
+    metric = {Kind.CLASSIFICATION: "accuracy", Kind.REGRESSION: "pearson", Kind.TAGGING: "slot_f1"}[kind]
+    for split, count in (("train", rows), ("dev", 30)):
+        lines = []
+        for _ in range(count):
+            colour = rng.choice(COLOURS)
+            filler = rng.choices(["the", "box", "ball", "is", "on", "table", "please"], k=rng.randint(1, 9))
+            at = rng.randint(0, len(filler))
+            words = [*filler[:at], colour, *filler[at:]]
+            row: dict[str, Any] = {"text": " ".join(words), "colour": colour, "size": len(words) / 10}
+            row["tags"] = ["B-colour" if word == colour else "O" for word in words]
+            lines.append(json.dumps(row))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    label = {Kind.CLASSIFICATION: "colour", Kind.REGRESSION: "size", Kind.TAGGING: "tags"}[kind]
+    spec = folder / "task.yaml"
+    spec.write_text(
+        f"name: colour\nkind: {kind}\ntext: text\nlabel: {label}\nmetric: {metric}\n"
+        "data: {format: jsonl, train: train.jsonl, dev: dev.jsonl}\n"
+    )
+    return spec
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> TaskSpec:
+    return load_spec(write_task(tmp_path, Kind.CLASSIFICATION))
+
+
+def evaluate(spec: TaskSpec, base: Base, out: Path) -> dict[str, float]:
+    """Score a branch on dev one text at a time, without the Trainer."""
+    branch, card = load_branch(out)
+    dev = load_data(spec).dev
+    features = featurize(spec.kind, card.labels, base.tokenizer, base.max_length, dev)
+    answers: list[Any] = []
+    for feature in features:
+        batch = collate([feature])
+        with torch.no_grad():
+            hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=card.tap)
+            answers += decode(spec.kind, card.labels, branch(hidden, batch["mask"]).numpy(), [feature])
+    return score(spec.kind, gold(dev), answers, spec.positive)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_branch_learns_and_its_card_tells_its_dev_metrics(kind: Kind, tiny: Base, tmp_path: Path) -> None:
+    spec = load_spec(write_task(tmp_path, kind, rows=200))
+    arguments = Arguments(epochs=8, learning_rate=5e-3, batch_size=8)
+    card, trained = train(spec, tiny, 1, 2, arguments, tmp_path / "branch", silent)
+    assert trained
+    assert card.score > 0.9
+    assert evaluate(spec, tiny, tmp_path / "branch") == pytest.approx(card.metrics, abs=1e-5)
+    assert card.score == max(entry[spec.metric] for entry in card.history)
+    assert [entry["epoch"] for entry in card.history] == list(range(1, 9))
+
+
+def test_the_trunk_stays_frozen(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    before = tiny.fingerprint(3)
+    card, _ = train(spec, tiny, 2, None, QUICK, tmp_path / "branch", silent)
+    assert tiny.fingerprint(3) == before
+    assert card.fingerprint == tiny.fingerprint(2)
+    assert (card.tap, card.layers) == (2, 1)
+
+
+def test_a_seed_gives_the_same_branch_twice(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    def weights(seed: int, out: str) -> str:
+        arguments = Arguments(epochs=1, learning_rate=1e-3, batch_size=8, seed=seed)
+        return train(spec, tiny, 1, 2, arguments, tmp_path / out, silent)[0].weights
+
+    assert weights(3, "first") == weights(3, "second")
+    assert weights(3, "first") != weights(4, "other")
+
+
+def stop_after(epoch: int) -> Any:
+    def report(progress: Progress) -> None:
+        if progress.epoch > epoch:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_a_stopped_run_goes_on_to_the_same_branch(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    whole, _ = train(spec, tiny, 1, 2, QUICK, tmp_path / "whole", silent)
+    steps: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(spec, tiny, 1, 2, QUICK, tmp_path / "branch", stop_after(1))
+    assert not (tmp_path / "branch").exists()
+    card, trained = train(spec, tiny, 1, 2, QUICK, tmp_path / "branch", lambda progress: steps.append(progress.step))
+    assert trained
+    assert min(steps) > 8  # 60 rows in batches of 8: the first epoch was not done again
+    assert card.weights == whole.weights
+    assert card.history == whole.history
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_half_written_checkpoint_is_not_used(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(spec, tiny, 1, 2, QUICK, tmp_path / "branch", stop_after(1))
+    (state,) = tmp_path.glob(".branch.training-*/checkpoint-*/trainer_state.json")
+    state.write_text(state.read_text()[:100])
+    card, trained = train(spec, tiny, 1, 2, QUICK, tmp_path / "branch", silent)
+    assert trained
+    assert len(card.history) == 3
+
+
+def test_an_up_to_date_branch_is_kept(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    out = tmp_path / "branch"
+    first, _ = train(spec, tiny, 1, 2, QUICK, out, silent)
+    assert train(spec, tiny, 1, 2, QUICK, out, silent) == (first, False)
+    # Other data, another branch.
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('\n{"text": "red ball", "colour": "red"}')
+    assert train(spec, tiny, 1, 2, QUICK, out, silent)[1]
+
+
+def test_a_damaged_branch_is_trained_again(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    out = tmp_path / "branch"
+    first, _ = train(spec, tiny, 1, 1, QUICK, out, silent)
+    (out / "branch.safetensors").write_bytes(b"")
+    again, trained = train(spec, tiny, 1, 1, QUICK, out, silent)
+    assert trained
+    assert again.weights == first.weights
+
+
+@pytest.mark.parametrize(
+    ("tap", "layers", "message"),
+    [(0, None, "tap 0 is outside the base"), (4, None, "tap 4 is outside"), (2, 2, "2 task layers above tap 2 do not")],
+)
+def test_a_branch_that_does_not_fit_the_base_is_refused(
+    tap: int, layers: int | None, message: str, spec: TaskSpec, tiny: Base, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        train(spec, tiny, tap, layers, QUICK, tmp_path / "branch", silent)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"max_train": 0}])
+def test_senseless_arguments_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="must"):
+        Arguments(**wrong)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BranchError, match=r"cannot be written to .*file/branch: Not a directory"):
+        train(spec, tiny, 1, 1, QUICK, tmp_path / "file" / "branch", silent)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+def test_hard_loss_leaves_ignored_tokens_out() -> None:
+    logits = torch.randn(2, 3, 4)
+    labels = torch.tensor([[0, IGNORED, 2], [IGNORED, IGNORED, 3]])
+    chosen = [(0, 0, 0), (0, 2, 2), (1, 2, 3)]
+    want = np.mean([-torch.log_softmax(logits[i, j], -1)[k].item() for i, j, k in chosen])
+    assert hard_loss(Kind.TAGGING, logits, labels).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_hard_loss_of_regression_is_the_mean_squared_error() -> None:
+    loss = hard_loss(Kind.REGRESSION, torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 1.0]))
+    assert loss.item() == pytest.approx((1 + 4) / 2)
+
+
+def test_soft_loss_is_the_tempered_divergence() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    p, q = (torch.softmax(x / TEMPERATURE, -1).double().numpy() for x in (teacher, student))
+    want = TEMPERATURE**2 * np.mean((p * np.log(p / q)).sum(-1))
+    got = soft_loss(Kind.CLASSIFICATION, student, torch.zeros(5, dtype=torch.long), teacher)
+    assert got.item() == pytest.approx(want, rel=1e-4)
+    same = soft_loss(Kind.CLASSIFICATION, teacher, torch.zeros(5, dtype=torch.long), teacher)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_soft_loss_of_tagging_is_per_labelled_token() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    labels = torch.tensor([[0, IGNORED, 2], [IGNORED, IGNORED, 3]])
+    counted = [(0, 0), (0, 2), (1, 2)]
+    flat = [torch.stack([x[at] for at in counted]) for x in (student, teacher)]
+    want = soft_loss(Kind.CLASSIFICATION, flat[0], torch.zeros(3, dtype=torch.long), flat[1])
+    assert soft_loss(Kind.TAGGING, student, labels, teacher).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+# --- distillation -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def teacher(spec: TaskSpec, tiny: Base, tmp_path: Path) -> Path:
+    train(spec, tiny, 1, 2, QUICK, tmp_path / "teacher", silent)
+    return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_student_learns_from_its_teacher(kind: Kind, tiny: Base, tmp_path: Path) -> None:
+    spec = load_spec(write_task(tmp_path, kind, rows=200))
+    arguments = Arguments(epochs=6, learning_rate=5e-3, batch_size=8)
+    teacher, _ = train(spec, tiny, 1, 2, arguments, tmp_path / "teacher", silent)
+    student, trained = distill(tmp_path / "teacher", tiny, 1, arguments, tmp_path / "student", silent)
+    assert trained
+    assert (student.tap, student.layers, student.teacher) == (1, 1, teacher.digest)
+    assert student.score > 0.85
+    assert evaluate(spec, tiny, tmp_path / "student") == pytest.approx(student.metrics, abs=1e-5)
+
+
+def test_a_student_starts_from_the_teachers_bottommost_layers(teacher: Path, tiny: Base, tmp_path: Path) -> None:
+    still = Arguments(epochs=1, learning_rate=1e-12, batch_size=8, weight_decay=0.0)
+    distill(teacher, tiny, 1, still, tmp_path / "student", silent)
+    old, new = load_branch(teacher)[0].state_dict(), load_branch(tmp_path / "student")[0].state_dict()
+    assert {name for name in new if name.startswith("layers.")} == {n for n in old if n.startswith("layers.0.")}
+    for name, tensor in new.items():
+        torch.testing.assert_close(tensor, old[name], atol=1e-6, rtol=0)
+
+
+def test_distilling_the_same_again_is_up_to_date(teacher: Path, tiny: Base, tmp_path: Path) -> None:
+    card, _ = distill(teacher, tiny, 1, QUICK, tmp_path / "student", silent)
+    assert distill(teacher, tiny, 1, QUICK, tmp_path / "student", silent) == (card, False)
+
+
+@pytest.mark.parametrize("layers", [0, 2, 3])
+def test_a_student_has_fewer_layers_than_its_teacher(layers: int, teacher: Path, tiny: Base, tmp_path: Path) -> None:
+    with pytest.raises(BranchError, match="has 2 layers; a student has fewer"):
+        distill(teacher, tiny, layers, QUICK, tmp_path / "student", silent)
+
+
+def test_a_student_does_not_replace_its_teacher(teacher: Path, tiny: Base) -> None:
+    with pytest.raises(BranchError, match="would replace its teacher"):
+        distill(teacher, tiny, 1, QUICK, teacher, silent)
+
+
+def test_a_teacher_of_another_trunk_is_refused(teacher: Path, base: Base, tmp_path: Path) -> None:
+    with pytest.raises(FingerprintError, match="was trained on another trunk"):
+        distill(teacher, base, 1, QUICK, tmp_path / "student", silent)
+
+
+def test_labels_that_changed_since_the_teacher_are_refused(teacher: Path, tiny: Base, tmp_path: Path) -> None:
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('\n{"text": "a big box", "colour": "none"}')
+    with pytest.raises(DataError, match="train the teacher again"):
+        distill(teacher, tiny, 1, QUICK, tmp_path / "student", silent)
+
+
+def test_a_new_branch_starts_from_the_bases_own_layers(tiny: Base) -> None:
+    branch = new_branch(tiny, Kind.CLASSIFICATION, 1, 2, 3)
+    for own, theirs in zip(branch.layers, tiny.encoder.layers[1:], strict=True):
+        for name, tensor in own.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name])
+
+
+def test_the_card_says_where_a_branch_came_from(teacher: Path, tiny: Base) -> None:
+    card = BranchCard.model_validate_json((teacher / "branch.json").read_text())
+    assert (card.base, card.revision, card.arguments["seed"]) == (tiny.name, "local", 1)
+    assert set(card.versions) == {"torch", "transformers", "tokenizers", "numpy", "espalier"}
+    assert card.spec.name == "colour"
