@@ -6,10 +6,10 @@ with Client("localhost:8001") as client:
     print(client.ask("wake me at seven").to_dict())
 """
 
-from clients.catalogue import TaskInfo
 from clients.client import AsyncClient, Client
 from clients.protocol import Item
 from clients.results import Answer, Answers, Classification, Regression, Span, Tagging, TokenTag
+from espalier.contract import HeadInfo
 from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
 
 __all__ = [
@@ -19,12 +19,12 @@ __all__ = [
     "Classification",
     "Client",
     "DeadlineError",
+    "HeadInfo",
     "Item",
     "Regression",
     "RequestError",
     "Span",
     "Tagging",
-    "TaskInfo",
     "TokenTag",
     "UnavailableError",
     "UnknownTaskError",

@@ -8,18 +8,15 @@ from tritonclient.grpc import model_config_pb2 as pb
 from espalier.contract import ENSEMBLE, HeadInfo, Kind, head_name
 from espalier.errors import ContractError, RequestError, UnknownTaskError
 
-TaskInfo = HeadInfo
-"""What is known of a deployed task: kind, labels, tap, layers, dev metric, fingerprint."""
-
 
 @dataclass(frozen=True)
 class Catalogue:
     """The deployed tasks by name, and the ensemble's largest batch."""
 
-    tasks: dict[str, TaskInfo]
+    tasks: dict[str, HeadInfo]
     max_batch_size: int
 
-    def choose(self, tasks: Sequence[str] | None) -> tuple[TaskInfo, ...]:
+    def choose(self, tasks: Sequence[str] | None) -> tuple[HeadInfo, ...]:
         """Return the infos of `tasks`, of all if None; raise UnknownTaskError if one is not deployed."""
         names = list(self.tasks) if tasks is None else list(dict.fromkeys(tasks))
         if not names:

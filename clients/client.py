@@ -14,16 +14,17 @@ from tenacity import (
 )
 
 from clients._transport import AsyncTransport, Transport
-from clients.catalogue import TaskInfo
 from clients.deadline import Deadline
 from clients.protocol import Call, Conversation, Item, Program
 from clients.results import Answers
+from espalier.contract import HeadInfo
 from espalier.errors import RequestError, UnavailableError
 
 WireProtocol = Literal["grpc", "http"]
 
 DEFAULT_URLS: dict[str, str] = {"grpc": "localhost:8001", "http": "localhost:8000"}
 ATTEMPTS = 6
+LONGEST = 86_400
 
 T = TypeVar("T")
 
@@ -49,8 +50,8 @@ class _Settings:
 
 
 def _checked(timeout: float) -> float:
-    if not timeout > 0:
-        raise RequestError(f"timeout must be more than 0 seconds, not {timeout!r}")
+    if not 0 < timeout <= LONGEST:
+        raise RequestError(f"timeout must be more than 0 and at most {LONGEST} seconds, not {timeout!r}")
     return timeout
 
 
@@ -93,7 +94,7 @@ class Client:
         """Answer `tasks` about each of `items`, texts and pairs in any mix and number, in their order."""
         return self._run(self._settings.conversation.ask_batch(items, tasks), timeout)
 
-    def tasks(self, *, timeout: float | None = None) -> dict[str, TaskInfo]:
+    def tasks(self, *, timeout: float | None = None) -> dict[str, HeadInfo]:
         """Return what is deployed now, by task name."""
         return self._run(self._settings.conversation.tasks(), timeout)
 
@@ -159,7 +160,7 @@ class AsyncClient:
         """Answer `tasks` about each of `items`, texts and pairs in any mix and number, in their order."""
         return await self._run(self._settings.conversation.ask_batch(items, tasks), timeout)
 
-    async def tasks(self, *, timeout: float | None = None) -> dict[str, TaskInfo]:
+    async def tasks(self, *, timeout: float | None = None) -> dict[str, HeadInfo]:
         """Return what is deployed now, by task name."""
         return await self._run(self._settings.conversation.tasks(), timeout)
 

@@ -9,8 +9,7 @@ from espalier.errors import RequestError
 from espalier.spec import TaskSpec
 from espalier.tagging import OUTSIDE
 from training.data import Example, load_split
-from training.finetune import gold
-from training.metrics import score
+from training.metrics import gold, score
 
 
 def evaluate(
@@ -20,6 +19,9 @@ def evaluate(
 
     `report` is told the rows answered and all rows.
     """
+    deployed = client.tasks().get(spec.name)
+    if deployed is not None and deployed.kind is not spec.kind:
+        raise RequestError(f"the server's task {spec.name!r} is a {deployed.kind} task, the spec's a {spec.kind} task")
     examples = load_split(spec, "dev")
     predicted: list[Any] = []
     for start in range(0, len(examples), batch_size):

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clients.catalogue import Catalogue, TaskInfo, read_catalogue, task_names
+from clients.catalogue import Catalogue, read_catalogue, task_names
 from clients.results import Answer, Answers, Classification, Regression, Tagging
 from espalier import tagging
-from espalier.contract import ENSEMBLE, OFFSETS, Kind, head_name
+from espalier.contract import ENSEMBLE, OFFSETS, HeadInfo, Kind, head_name
 from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
 
 Item = str | tuple[str, str]
@@ -60,7 +60,7 @@ class Conversation:
         self._catalogue: Catalogue | None = None
         self._expires = 0.0
 
-    def tasks(self) -> Program[dict[str, TaskInfo]]:
+    def tasks(self) -> Program[dict[str, HeadInfo]]:
         """Read from the server what is deployed."""
         catalogue = yield from self._read()
         return dict(catalogue.tasks)
@@ -171,7 +171,7 @@ def _ask(catalogue: Catalogue, batches: Sequence[_Batch], tasks: Sequence[str] |
     return [answers[place] for place in sorted(answers)]
 
 
-def parse(items: Sequence[Item], infos: Sequence[TaskInfo], reply: Mapping[str, Array]) -> list[Answers]:
+def parse(items: Sequence[Item], infos: Sequence[HeadInfo], reply: Mapping[str, Array]) -> list[Answers]:
     """Read the answers to n `items` from the outputs: [n,C], [n,1] or [n,S,C] per task, and offsets [n,S,2]."""
     for info in infos:
         _check_shape(info, reply[info.task], len(items))
@@ -180,7 +180,7 @@ def parse(items: Sequence[Item], infos: Sequence[TaskInfo], reply: Mapping[str, 
     return [Answers({info.task: _answer(item, info, row, reply) for info in infos}) for row, item in enumerate(items)]
 
 
-def _check_shape(info: TaskInfo, output: Array, n: int) -> None:
+def _check_shape(info: HeadInfo, output: Array, n: int) -> None:
     width = 1 if info.kind is Kind.REGRESSION else len(info.labels)
     dims = 3 if info.kind is Kind.TAGGING else 2
     if output.ndim != dims or output.shape[0] != n or output.shape[-1] != width:
@@ -188,7 +188,7 @@ def _check_shape(info: TaskInfo, output: Array, n: int) -> None:
         raise _StaleError(f"{info.model} names {what}, but answers {n} items with shape {list(output.shape)}")
 
 
-def _answer(item: Item, info: TaskInfo, row: int, reply: Mapping[str, Array]) -> Answer:
+def _answer(item: Item, info: HeadInfo, row: int, reply: Mapping[str, Array]) -> Answer:
     values = reply[info.task][row]
     match info.kind:
         case Kind.CLASSIFICATION:

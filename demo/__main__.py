@@ -76,7 +76,8 @@ def train_branches() -> list[Path]:
     with show.waiting("loading PyTorch and the base"):
         from espalier.encoder import load_base
         from training.distill import distill
-        from training.finetune import Arguments, train
+        from training.finetune import train
+        from training.fit import Arguments
 
         base = load_base(BASE)
     served = []
@@ -147,9 +148,8 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except EspalierError as error:
+    except (EspalierError, OSError) as error:
         show.error(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        show.error("stopped; the same command goes on where it was")
         sys.exit(130)

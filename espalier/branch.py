@@ -4,10 +4,10 @@ On disk a folder with `branch.safetensors` (the weights) and `branch.json` (ever
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -88,21 +88,24 @@ class Branch(nn.Module):
 
 def check_place(path: Path) -> None:
     """Raise BranchError if `path` holds anything but a branch, which a branch written there would wipe out."""
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and {entry.name for entry in path.iterdir()} <= {CARD_FILE, WEIGHTS_FILE}:
         return
-    if path.exists() and not ((path / CARD_FILE).exists() or (path / WEIGHTS_FILE).exists()):
-        raise BranchError(f"{path} exists and is no branch folder; name a folder of the branch's own")
+    if path.exists():
+        raise BranchError(f"{path} exists and holds more than a branch; name a folder of the branch's own")
 
 
 def save_branch(path: Path, branch: Branch, card: BranchCard) -> BranchCard:
     """Write the branch folder whole, in the place of one that was there; return the card with the weights' digest."""
-    check_place(path)
     content = save({name: tensor.contiguous() for name, tensor in branch.state_dict().items()})
     card = card.model_copy(update={"weights": digest(content)})
+    # Relative to the branch: a card names no machine's folders, and holds when the project moves as a whole.
+    home = path.resolve()
+    portable = card.model_copy(update={"spec": card.spec.with_paths(lambda data: Path(os.path.relpath(data, home)))})
     try:
+        check_place(path)
         with whole_folder(path) as folder:
             (folder / WEIGHTS_FILE).write_bytes(content)
-            write_whole(folder / CARD_FILE, card.model_dump_json(indent=2) + "\n")
+            write_whole(folder / CARD_FILE, portable.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise BranchError(f"the branch cannot be written to {path}: {error.strerror or error}") from error
     return card
@@ -112,11 +115,13 @@ def read_card(path: Path) -> BranchCard:
     """Read a branch's card alone; raise BranchError if it is missing or damaged."""
     file = path / CARD_FILE
     try:
-        return BranchCard.model_validate_json(file.read_text(encoding="utf-8"))
+        card = BranchCard.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BranchError(f"{path} is not a branch folder: {CARD_FILE} cannot be read ({error.strerror})") from error
     except (ValidationError, UnicodeDecodeError) as error:
         raise BranchError(f"{file} is damaged: {_reason(error)}; train the branch again") from error
+    home = path.resolve()
+    return card.model_copy(update={"spec": card.spec.with_paths(lambda data: Path(os.path.normpath(home / data)))})
 
 
 def _reason(error: ValidationError | UnicodeDecodeError) -> str:
@@ -157,10 +162,3 @@ def check_trunk(card: BranchCard, base: Base, where: str) -> None:
             f"{card.fingerprint[:12]}, that of {base.name!r} is {have[:12]}; "
             f"train it again on {base.name!r}, or use the base {card.base!r} at revision {card.revision}"
         )
-
-
-@torch.no_grad()
-def answer(base: Base, branch: Branch, tap: int, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the plain PyTorch answer, the reference for everything exported: padded, not folded, no server."""
-    branch.eval()
-    return branch.answer(base.encoder(input_ids, token_type_ids, mask, tap=tap), mask)

@@ -17,7 +17,7 @@ from espalier.errors import EspalierError, SpecError
 if TYPE_CHECKING:
     from clients import Client
     from espalier.branch import BranchCard
-    from training.finetune import Report
+    from training.fit import Report
 
 app = typer.Typer(
     help="Many NLP tasks on one frozen BERT trunk, served as one Triton ensemble.",
@@ -70,8 +70,8 @@ def train(
     task = load_spec(spec, data)
     out = out or Path("branches") / task.name
     with show.waiting("loading the base"):
-        from training.finetune import Arguments
         from training.finetune import train as fine_tune
+        from training.fit import Arguments
 
         loaded = load_base(base, revision)
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
@@ -85,6 +85,9 @@ def distill(
     teacher: Annotated[Path, typer.Argument(help="The branch folder of the teacher.")],
     layers: Annotated[int, typer.Option(help="Layers of the student, fewer than the teacher's.")],
     out: Annotated[Path, typer.Option(help="The student's branch folder.")],
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the teacher had it.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="The task's spec file, if its data moved since.")] = None,
+    data: Data = None,
     epochs: Epochs = 4,
     learning_rate: LearningRate = 5e-5,
     batch_size: BatchSize = 32,
@@ -95,16 +98,18 @@ def distill(
     """Distil a branch to fewer layers: same trunk, same tap, same task."""
     from espalier.branch import read_card
     from espalier.encoder import load_base
+    from espalier.spec import load_spec
 
     card = read_card(teacher)
+    task = load_spec(spec, data) if spec else None
     with show.waiting("loading the base"):
         from training.distill import distill as distil_branch
-        from training.finetune import Arguments
+        from training.fit import Arguments
 
-        base = load_base(card.base, None if card.revision == "local" else card.revision)
+        loaded = load_base(base) if base else load_base(card.base, None if card.revision == "local" else card.revision)
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
     with training_progress(card.spec.name) as report:
-        student, trained = distil_branch(teacher, base, layers, arguments, out, report)
+        student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task)
     _print_branch(student, out, trained, as_json)
 
 
@@ -113,7 +118,10 @@ def export(
     branches: Annotated[list[Path], typer.Argument(help="Branch folders to add or replace.")],
     repository: RepositoryPath = Path("model_repository"),
     target: Annotated[Target, typer.Option(help="cpu: FP32; gpu: FP16.")] = Target.CPU,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the trunk (cpu). [default: all cores]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the trunk (cpu). [default: as deployed, or all cores]")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the branches had it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write branches into a model repository. Heads of other tasks stay as they are, byte for byte."""
@@ -124,7 +132,7 @@ def export(
         def report(exported: Exported) -> None:
             status.update(f"exporting: {exported.model} done")
 
-        done = export_branches(branches, repository, target, threads, report=report)
+        done = export_branches(branches, repository, target, threads, base, report=report)
     if as_json:
         _print_json([{"model": e.model, "written": e.written, "difference": e.difference} for e in done])
     else:
@@ -145,6 +153,9 @@ def serve(
     from serving.triton import TritonServer
 
     heads = check_repository(repository)
+    for folder in Repository(repository).head_folders():
+        if folder.name not in {head.model for head in heads}:
+            show.messages.print(f"{folder} is not wired into the ensemble; `espalier export` with its branch does it")
     server = TritonServer(
         repository, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
     )
@@ -245,7 +256,7 @@ def _bar() -> Progress:
 @contextmanager
 def training_progress(name: str) -> "Iterator[Report]":
     """Show a bar over the optimizer steps and the dev metrics after each epoch."""
-    from training.finetune import Progress as Step
+    from training.fit import Progress as Step
 
     with _bar() as bar:
         row = bar.add_task(name, total=None, note="")
@@ -256,7 +267,11 @@ def training_progress(name: str) -> "Iterator[Report]":
                 scores = "  ".join(f"{key} {value:.3f}" for key, value in step.metrics.items() if key != "epoch")
                 bar.update(row, note=f"dev after epoch {step.epoch:.0f}: {scores}")
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt:
+            show.messages.print("stopped; the same command goes on from the last whole epoch")
+            raise
         bar.update(row, visible=False)
 
 
@@ -298,9 +313,6 @@ def main() -> None:
             raise
         show.error(f"this command needs the Python package {error.name!r}: pip install 'espalier[train,export,serve]'")
         sys.exit(1)
-    except KeyboardInterrupt:
-        show.error("stopped; the same command goes on where it was")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from google.protobuf import text_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,11 +32,13 @@ TOKENIZER_FILE = "tokenizer.json"
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
 MAX_BATCH_SIZE = 64
+THREADS = "intra_op_thread_count"
+"""Parameter of the onnxruntime backend: threads of a model's own pool."""
 
 TASK_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 """Task names: lower case, digits, single underscores. `offsets` is taken by the ensemble itself."""
 
-_SEGMENT = re.compile(r"trunk_(\d+)_(\d+)")
+SEGMENT_NAME = re.compile(r"trunk_(\d+)_(\d+)")
 
 
 class Kind(StrEnum):
@@ -201,7 +203,7 @@ def _onnx_config(name: str, source: str, target: Target, threads: int | None) ->
     config.dynamic_batching.SetInParent()
     config.default_model_filename = MODEL_FILE
     if target is Target.CPU and threads is not None:
-        config.parameters["intra_op_thread_count"].string_value = str(threads)
+        config.parameters[THREADS].string_value = str(threads)
     return config
 
 
@@ -298,25 +300,31 @@ def read_config(folder: Path) -> pb.ModelConfig:
         config: pb.ModelConfig = text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
     except FileNotFoundError as error:
         raise ContractError(f"{path} is missing; every model folder has one") from error
+    except OSError as error:
+        raise ContractError(f"{path} cannot be read: {error.strerror}") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
         raise ContractError(f"{path} is not a Triton model config: {error}") from error
     return config
 
 
 class Repository:
-    """The model folders of one repository, as their configs describe them."""
+    """The model folders of one repository, as their configs describe them.
+
+    What is deployed is what the ensemble wires: an export or a copy that was stopped half-way may have left others.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def _folders(self, prefix: str) -> list[Path]:
-        return sorted(folder for folder in self.path.glob(f"{prefix}*") if folder.is_dir())
+    def _wired(self) -> list[str]:
+        if not (self.path / ENSEMBLE / CONFIG_FILE).exists():
+            return []
+        return [step.model_name for step in read_config(self.path / ENSEMBLE).ensemble_scheduling.step]
 
     def trunk(self) -> list[TrunkInfo]:
-        """Return the trunk's segments from the bottom up; raise ContractError if they are no chain."""
-        segments = [
-            TrunkInfo.read(read_config(folder)) for folder in self._folders("trunk_") if _SEGMENT.fullmatch(folder.name)
-        ]
+        """Return the deployed segments from the bottom up; raise ContractError if they are no chain."""
+        names = [name for name in self._wired() if SEGMENT_NAME.fullmatch(name)]
+        segments = [TrunkInfo.read(read_config(self.path / name)) for name in names]
         segments.sort(key=lambda segment: segment.start)
         reached = 0
         for segment in segments:
@@ -329,13 +337,20 @@ class Repository:
         return segments
 
     def heads(self) -> list[HeadInfo]:
-        """Return the heads by task name."""
-        return [HeadInfo.read(read_config(folder)) for folder in self._folders("head_")]
+        """Return the deployed heads by task name."""
+        names = sorted(name for name in self._wired() if name.startswith(head_name("")))
+        return [HeadInfo.read(read_config(self.path / name)) for name in names]
+
+    def segment_folders(self) -> list[Path]:
+        """Return the folders of all segments, deployed or not."""
+        return sorted(path for path in self.path.glob("trunk_*") if path.is_dir() and SEGMENT_NAME.fullmatch(path.name))
+
+    def head_folders(self) -> list[Path]:
+        """Return the folders of all heads, deployed or not."""
+        return sorted(path for path in self.path.glob(f"{head_name('*')}") if path.is_dir())
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
-
-Mode = Literal["input", "output"]
 
 
 def check_head(config: pb.ModelConfig, trunk: Sequence[TrunkInfo]) -> HeadInfo:

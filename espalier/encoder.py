@@ -8,6 +8,7 @@ Shapes: B items, S tokens (padded), H hidden size, A attention heads of width d 
 """
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ class Base:
         modules.update({f"layers.{i}": layer for i, layer in enumerate(self.encoder.layers[:tap])})
         for prefix, module in modules.items():
             for name, tensor in sorted(module.state_dict().items()):
-                parts += [f"{prefix}.{name} {list(tensor.shape)}", tensor.contiguous().numpy().tobytes()]
+                parts += [f"{prefix}.{name} {list(tensor.shape)}", tensor.cpu().contiguous().numpy().tobytes()]
         return digest(*parts)
 
 
@@ -221,7 +222,8 @@ def load_base(base: str, revision: str | None = None) -> Base:
     rust.no_truncation()
     rust.no_padding()
     return Base(
-        name=base,
+        # A local folder by its full path: export loads the base again, from wherever it runs.
+        name=os.path.abspath(location) if location == base and Path(base).is_dir() else base,
         revision=getattr(config, "_commit_hash", None) or "local",
         encoder=encoder,
         tokenizer=rust.to_str(),

@@ -61,9 +61,9 @@ def whole_folder(target: Path, staging: Path | None = None) -> Iterator[Path]:
                 os.rename(growing, target)
             except BaseException:
                 os.rename(old / target.name, target)
+                old.rmdir()
                 raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(growing, target)
     finally:

@@ -104,8 +104,9 @@ def _answer(answer: "Answer") -> str:
         return f"{answer.value:.3f}"
     if isinstance(answer, Classification):
         ranked = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])
-        first, *rest = [f"{escape(label)} {chance:.2f}" for label, chance in ranked[:3] if chance >= _CHANCE]
-        return f"[bold]{first}[/]" + "".join(f"  [dim]{other}[/]" for other in rest)
+        first, *rest = [f"{escape(label)} {chance:.2f}" for label, chance in ranked[:3]]
+        likely = [other for other, (_, chance) in zip(rest, ranked[1:], strict=False) if chance >= _CHANCE]
+        return f"[bold]{first}[/]" + "".join(f"  [dim]{other}[/]" for other in likely)
     spans = [f"[bold]{escape(span.label)}[/]={escape(repr(span.text))} {span.probability:.2f}" for span in answer.spans]
     return ", ".join(spans) or "[dim]no spans[/]"
 

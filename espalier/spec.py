@@ -13,6 +13,7 @@
 A new task is such a file and its data; no line of code.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -99,6 +100,12 @@ class HubData(_Strict):
 Data = Annotated[TableData | LinesData | ConllData | HubData, Discriminator("format")]
 
 
+def _label(label: Any) -> str:
+    if isinstance(label, bool):
+        raise ValueError(f"YAML reads one of the labels as {str(label).lower()}; put quotes around yes, no, on and off")
+    return label if isinstance(label, str) else str(label)
+
+
 class TaskSpec(_Strict):
     """One task: its name, kind, columns, labels, metric and data."""
 
@@ -125,12 +132,17 @@ class TaskSpec(_Strict):
     def _one_column(cls, text: Any) -> Any:
         return [text] if isinstance(text, str) else text
 
+    @field_validator("positive", mode="before")
+    @classmethod
+    def _positive_string(cls, positive: Any) -> Any:
+        return _label(positive) if isinstance(positive, int) else positive
+
     @field_validator("labels", mode="before")
     @classmethod
     def _label_strings(cls, labels: Any) -> Any:
         if not isinstance(labels, list):
             return labels
-        strings = [label if isinstance(label, str) else str(label) for label in labels]
+        strings = [_label(label) for label in labels]
         twice = sorted({label for label in strings if strings.count(label) > 1})
         if twice:
             raise ValueError(f"label {twice[0]!r} is listed twice")
@@ -155,6 +167,19 @@ class TaskSpec(_Strict):
                 if column not in columns:
                     raise ValueError(f"the data has no column {column!r}; its columns are {sorted(columns)}")
         return self
+
+    def with_paths(self, change: Callable[[Path], Path]) -> "TaskSpec":
+        """Return a copy whose data paths went through `change`."""
+
+        def changed(paths: Any) -> Any:
+            return (
+                {column: change(path) for column, path in paths.items()} if isinstance(paths, dict) else change(paths)
+            )
+
+        if isinstance(self.data, HubData):
+            return self
+        splits = {split: changed(getattr(self.data, split)) for split in ("train", "dev")}
+        return self.model_copy(update={"data": self.data.model_copy(update=splits)})
 
     @property
     def pair(self) -> bool:
@@ -181,7 +206,8 @@ def load_spec(path: Path, data: Path | None = None) -> TaskSpec:
         spec = TaskSpec.model_validate(content)
     except ValidationError as error:
         raise SpecError(f"{path}: {_sentence(error)}") from error
-    return _resolved(spec, (data or path.parent).resolve())
+    home = (data or path.parent).resolve()
+    return spec.with_paths(lambda path: home / path)
 
 
 def _sentence(error: ValidationError) -> str:
@@ -189,25 +215,7 @@ def _sentence(error: ValidationError) -> str:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         what = problem["msg"].removeprefix("Value error, ")
+        if problem["type"].startswith("union_tag"):  # pydantic's own words are about discriminators
+            what = "'format' must be tsv, csv, jsonl, lines, conll or hub"
         problems.append(f"{where}: {what}" if where else what)
     return "; ".join(problems)
-
-
-def _resolved(spec: TaskSpec, home: Path) -> TaskSpec:
-    data = spec.data
-    if isinstance(data, HubData):
-        return spec
-    if isinstance(data, LinesData):
-        return spec.model_copy(
-            update={
-                "data": data.model_copy(
-                    update={
-                        split: {column: home / path for column, path in getattr(data, split).items()}
-                        for split in ("train", "dev")
-                    }
-                )
-            }
-        )
-    return spec.model_copy(
-        update={"data": data.model_copy(update={"train": home / data.train, "dev": home / data.dev})}
-    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +10,26 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
 from espalier.branch import Branch, BranchCard, check_trunk, load_branch
 from espalier.contract import (
     CONFIG_FILE,
     ENSEMBLE,
     LABELS_FILE,
     MODEL_FILE,
+    THREADS,
     TOKENIZER,
     TOKENIZER_FILE,
     HeadInfo,
     Repository,
     Target,
     TrunkInfo,
+    check_head,
     ensemble_config,
     head_config,
     head_name,
+    read_config,
     render,
     segments_for,
     tokenizer_config,
@@ -32,7 +38,7 @@ from espalier.contract import (
 from espalier.encoder import Base, load_base
 from espalier.errors import ExportError, FingerprintError
 from espalier.files import whole_folder, write_whole
-from export.check import check_head, check_segment
+from export.check import compare_head, compare_segment
 from export.models import head_model, segment_model
 
 VERSION = "1"
@@ -52,6 +58,7 @@ def export(
     repository: Path,
     target: Target = Target.CPU,
     threads: int | None = None,
+    base: str | None = None,
     load: Callable[[str, str], Base] = lambda name, revision: load_base(
         name, None if revision == "local" else revision
     ),
@@ -59,9 +66,11 @@ def export(
 ) -> list[Exported]:
     """Add or replace the heads of `branches` in `repository`; heads of other tasks stay as they are, byte for byte.
 
-    The trunk gets a segment end at every tap in use. `threads` is the intra-op pool of the trunk on the CPU target,
-    by default one per core. Raises ExportError, BranchError or FingerprintError; whatever was not finished then is
-    as it was before.
+    The trunk gets a segment end at every tap in use. `threads` is the intra-op pool of the trunk on the CPU target, by
+    default what the deployed trunk has, or else ONNX Runtime's own default: the cores of the machine that serves.
+    `base` names the base where it is now, if not where the branches were trained.
+
+    Raises ExportError, BranchError or FingerprintError; whatever was not finished then is as it was before.
     """
     if not branches:
         raise ExportError("no branch was given to export")
@@ -77,14 +86,12 @@ def export(
                 f"{path} was trained on {card.base!r} ({card.revision}), {branches[0]} on {first.base!r} "
                 f"({first.revision}); one repository has one trunk"
             )
-    base = load(first.base, first.revision)
+    found = load(base or first.base, "local" if base else first.revision)
     for path, _, card in loaded:
-        check_trunk(card, base, str(path))
-    if target is Target.CPU and threads is None:
-        threads = os.cpu_count()
+        check_trunk(card, found, str(path))
     try:
         with _locked(repository):
-            return _Export(base, repository, target, threads, report).run([(b, c) for _, b, c in loaded])
+            return _Export(found, repository, target, threads, report).run([(b, c) for _, b, c in loaded])
     except OSError as error:
         raise ExportError(
             f"{repository} cannot be written: {error.strerror or error}; the model folder at hand is as it was before"
@@ -97,15 +104,24 @@ def _locked(repository: Path) -> Iterator[None]:
     repository.mkdir(parents=True, exist_ok=True)
     with (repository / ".export.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _clear(repository)
         try:
             yield
         finally:
-            shutil.rmtree(_staging(repository), ignore_errors=True)
+            _clear(repository)
 
 
 def _staging(repository: Path) -> Path:
-    """Return where folders grow: beside the repository, for in it Triton takes every folder for a model."""
-    return repository.resolve().parent / f".{repository.resolve().name}.staging"
+    """Return where folders grow: on the repository's file system, but not where Triton would take them for models."""
+    return repository / TOKENIZER / ".staging"
+
+
+def _clear(repository: Path) -> None:
+    """Remove the staging folder; what was moved there and never replaced (a kill between two renames) goes back."""
+    for old in _staging(repository).glob(".*.old.*/*"):
+        if not (repository / old.name).exists():
+            os.rename(old, repository / old.name)
+    shutil.rmtree(_staging(repository), ignore_errors=True)
 
 
 class _Export:
@@ -115,17 +131,20 @@ class _Export:
         self.base = base
         self.repository = repository
         self.target = target
-        self.threads = threads
+        self.there = Repository(repository)
+        self.threads = threads or self._deployed_threads()
+        self._fingerprint = functools.cache(base.fingerprint)  # a hash over all that is frozen: once per tap
         self.report = report
         self.done: list[Exported] = []
 
     def run(self, branches: list[tuple[Branch, BranchCard]]) -> list[Exported]:
         new = {card.spec.name: self._head_info(card) for _, card in branches}
-        kept = [head for head in Repository(self.repository).heads() if head.task not in new]
-        self._check_kept(kept)
-        heads = [*new.values(), *kept]
-        chain = segments_for(head.tap for head in heads)
-        trunk = [self._trunk_info(start, stop) for start, stop in chain]
+        configs = [read_config(folder) for folder in self.there.head_folders()]
+        kept = [config for config in configs if config.name not in {head.model for head in new.values()}]
+        taps = {head.tap for head in new.values()} | {self._tap(config) for config in kept}
+        trunk = [self._trunk_info(start, stop) for start, stop in segments_for(taps)]
+        self._check_target()
+        heads = [*new.values(), *(check_head(config, trunk) for config in kept)]
 
         self._tokenizer()
         for info in trunk:
@@ -133,24 +152,35 @@ class _Export:
         for branch, card in branches:
             self._head(branch, new[card.spec.name])
         self._put(ENSEMBLE, {CONFIG_FILE: render(ensemble_config(trunk, heads)).encode(), f"{VERSION}/.keep": b""})
-        for folder in self.repository.glob("trunk_*"):
+        for folder in self.there.segment_folders():
             if folder.name not in {info.model for info in trunk}:
                 shutil.rmtree(folder)  # after the ensemble has let go of it
         return self.done
 
-    def _check_kept(self, kept: list[HeadInfo]) -> None:
-        for head in kept:
-            if head.tap > self.base.config.num_hidden_layers or self.base.fingerprint(head.tap) != head.fingerprint:
-                raise FingerprintError(
-                    f"{self.repository}/{head.model} belongs to another trunk than {self.base.name!r}; "
-                    "export to another folder, or remove that head"
-                )
-        for segment in Repository(self.repository).trunk() if kept else []:
-            if segment.target is not self.target:
+    def _tap(self, config: ModelConfig) -> int:
+        head = HeadInfo.read(config)
+        if head.tap > self.base.config.num_hidden_layers:
+            raise FingerprintError(
+                f"{self.repository}/{head.model} taps layer {head.tap}, but {self.base.name!r} has "
+                f"{self.base.config.num_hidden_layers} layers; export to another folder, or remove that head"
+            )
+        return head.tap
+
+    def _check_target(self) -> None:
+        for folder in self.there.segment_folders():
+            there = TrunkInfo.read(read_config(folder)).target
+            if there is not self.target:
                 raise ExportError(
-                    f"{self.repository} holds a {segment.target} export; one repository has one target: "
-                    f"export with --target {segment.target}, or to another folder"
+                    f"{self.repository} holds a {there} export; one repository has one target: "
+                    f"export with --target {there}, or to another folder"
                 )
+
+    def _deployed_threads(self) -> int | None:
+        for folder in self.there.segment_folders():
+            value = read_config(folder).parameters[THREADS].string_value
+            if value.isdigit():
+                return int(value)
+        return None
 
     def _trunk_info(self, start: int, stop: int) -> TrunkInfo:
         return TrunkInfo(
@@ -160,7 +190,7 @@ class _Export:
             target=self.target,
             base=self.base.name,
             revision=self.base.revision,
-            fingerprint=self.base.fingerprint(stop),
+            fingerprint=self._fingerprint(stop),
         )
 
     def _head_info(self, card: BranchCard) -> HeadInfo:
@@ -198,7 +228,7 @@ class _Export:
         self._put(
             info.model,
             {CONFIG_FILE: render(trunk_config(info, self.threads)).encode(), f"{VERSION}/{MODEL_FILE}": model},
-            lambda: check_segment(model, info.model, encoder, info.start, info.stop, self.target),
+            lambda: compare_segment(model, info.model, encoder, info.start, info.stop, self.target),
         )
 
     def _head(self, branch: Branch, info: HeadInfo) -> None:
@@ -209,7 +239,7 @@ class _Export:
         self._put(
             head_name(info.task),
             content,
-            lambda: check_head(model, info.model, self.base.encoder, branch, info.tap, self.target),
+            lambda: compare_head(model, info.model, self.base.encoder, branch, info.tap, self.target),
         )
 
     def _put(self, name: str, content: dict[str, bytes], check: Callable[[], float] | None = None) -> None:

@@ -43,7 +43,7 @@ def check_repository(path: Path) -> list[HeadInfo]:
         if head.kind is Kind.CLASSIFICATION:
             _check_labels(folder, head)
     if not heads:
-        raise ContractError(f"{path} holds no head_<task> folder; run `espalier export` with a branch")
+        raise ContractError(f"{path} wires no task; run `espalier export` with a branch")
     return heads
 
 

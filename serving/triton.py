@@ -120,6 +120,8 @@ class TritonServer:
             if port in taken:
                 raise ServerError(f"--{name}-port and {taken[port]} are both {port}; give each its own port")
             taken[port] = f"--{name}-port"
+            if not 0 < port < 65536:
+                raise ServerError(f"--{name}-port is {port}; a port lies between 1 and 65535")
             with socket.socket() as probe:
                 # As Triton does: a port in TIME_WAIT is free, one with a listener is not.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -129,7 +129,7 @@ def reference(base: Base, branches: dict[str, Path]) -> Reference:
     return Reference(base, branches)
 
 
-WORDS = "red green blue big small box ball the a is bring put on table now please , . ? s t ##s ##ing not".split()
+WORDS = "red green blue big small box ball the a is bring put on table now please , . ? s t ##s ##ing not".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,8 @@ def test_unknown_task_and_missing_server_are_one_sentence(espalier, server: Trit
 
 
 @pytest.mark.server
-def test_serve_says_where_it_is_and_stops_on_sigterm(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_serve_says_where_it_is_and_stops(stop: signal.Signals, repository: Path, tmp_path: Path) -> None:
     http, grpc, metrics = map(str, free_ports(3))
     process = subprocess.Popen(
         [
@@ -143,8 +144,8 @@ def test_serve_says_where_it_is_and_stops_on_sigterm(repository: Path, tmp_path:
             if f"127.0.0.1:{grpc}" in line:
                 break
         assert any("same_request" in line for line in lines)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) in (0, 143)
+        process.send_signal(stop)
+        assert process.wait(60) == 128 + stop
     finally:
         process.kill()
     with socket.socket() as probe:

@@ -14,8 +14,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 from espalier.branch import BranchCard, load_branch, read_card, save_branch
 from espalier.contract import ENSEMBLE, Repository, Target, check_head, read_config
 from espalier.encoder import Base
-from espalier.errors import ContractError, ExportError, FingerprintError
-from export.repository import export
+from espalier.errors import CheckpointError, ContractError, ExportError, FingerprintError
+from export.repository import Exported, export
+from serving.preflight import check_repository
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -155,7 +156,7 @@ def test_a_repository_of_another_trunk_is_left_alone(run, repository: Path, bran
     config = repository / "head_slots" / "config.pbtxt"
     config.write_text(config.read_text().replace(read_card(branches["slots"]).fingerprint, "f" * 64))
     before = contents(repository)
-    with pytest.raises(FingerprintError, match="head_slots belongs to another trunk"):
+    with pytest.raises(FingerprintError, match="head_slots was trained on another trunk"):
         run([branches["urgency"]], repository)
     assert contents(repository) == before
 
@@ -195,7 +196,7 @@ def test_a_full_disk_leaves_nothing_half_written(repository: Path, branches: dic
     after = contents(repository)
     assert {name: after[name] for name in before} == before
     assert not [name for name in after if "urgency" in name]
-    assert [path.name for path in repository.parent.iterdir()] == ["repository"]
+    assert not (repository / "tokenizer" / ".staging").exists()
 
 
 def test_exporting_over_a_full_copy_elsewhere_is_the_same(run, repository: Path, branches, tmp_path: Path) -> None:
@@ -205,3 +206,73 @@ def test_exporting_over_a_full_copy_elsewhere_is_the_same(run, repository: Path,
     run([branches["urgency"]], copy)
     run([branches["urgency"]], repository)
     assert contents(copy) == contents(repository)
+
+
+def test_an_export_stopped_in_a_split_harms_nothing(
+    run, base: Base, repository: Path, branches: dict[str, Path], specs: Path, tmp_path: Path
+) -> None:
+    """The new segment is there, the ensemble is still the old one: it stays fit to be served, and extended."""
+    lower = make_branch(base, specs / "urgency.yaml", 2, 1, tmp_path / "lower")
+
+    def stop(exported: Exported) -> None:
+        if exported.model == "trunk_0_2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export([lower], repository, threads=1, load=lambda name, revision: base, report=stop)
+    assert (repository / "trunk_0_2").exists()
+    assert [head.task for head in check_repository(repository)] == ["intent", "slots"]
+    assert [segment.model for segment in Repository(repository).trunk()] == ["trunk_0_3"]
+    run([lower], repository)
+    assert [path.name for path in Repository(repository).segment_folders()] == ["trunk_0_2", "trunk_2_3"]
+    assert len(check_repository(repository)) == 3
+
+
+def test_what_a_killed_swap_moved_away_comes_back(run, repository: Path, branches: dict[str, Path]) -> None:
+    aside = repository / "tokenizer" / ".staging" / ".head_slots.old.x"
+    aside.mkdir(parents=True)
+    (repository / "head_slots").rename(aside / "head_slots")
+    assert not any(done.written for done in run([branches["intent"]], repository) if done.model != ENSEMBLE)
+    assert [head.task for head in check_repository(repository)] == ["intent", "slots"]
+
+
+def test_a_copy_of_a_head_under_another_name_is_refused(run, repository: Path, branches: dict[str, Path]) -> None:
+    shutil.copytree(repository / "head_slots", repository / "head_slots_old")
+    config = repository / "head_slots_old" / "config.pbtxt"
+    config.write_text(config.read_text().replace('name: "head_slots"', 'name: "head_slots_old"'))
+    with pytest.raises(ContractError, match="holds task 'slots', so it must be named head_slots"):
+        run([branches["intent"]], repository)
+
+
+def test_a_folder_that_is_no_segment_is_left_alone(run, repository: Path, branches: dict[str, Path]) -> None:
+    (repository / "trunk_notes").mkdir()
+    run([branches["urgency"]], repository)
+    assert (repository / "trunk_notes").is_dir()
+
+
+def test_the_deployed_trunks_threads_are_kept(base: Base, repository: Path, branches: dict[str, Path]) -> None:
+    def threads() -> str:
+        return read_config(repository / "trunk_0_3").parameters["intra_op_thread_count"].string_value
+
+    def again(count: int | None) -> None:
+        export([branches["intent"]], repository, threads=count, load=lambda name, revision: base)
+
+    assert threads() == "1"
+    again(7)
+    again(None)
+    assert threads() == "7"
+
+
+def test_a_base_that_moved_is_found_where_one_says(
+    tiny: Base, tiny_checkpoint: Path, specs: Path, tmp_path: Path
+) -> None:
+    branch = make_branch(tiny, specs / "intent.yaml", 1, 1, tmp_path / "branch")
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_checkpoint, moved)
+    shutil.copytree(branch, tmp_path / "lost")
+    card = tmp_path / "lost" / "branch.json"
+    card.write_text(card.read_text().replace(str(tiny_checkpoint), str(tmp_path / "gone")))
+    with pytest.raises(CheckpointError, match="gone"):
+        export([tmp_path / "lost"], tmp_path / "repository")
+    export([tmp_path / "lost"], tmp_path / "repository", base=str(moved))
+    assert check_repository(tmp_path / "repository")[0].task == "intent"

@@ -16,7 +16,7 @@ from espalier.contract import Kind, Target
 from espalier.encoder import Encoder, EncoderConfig
 from espalier.errors import ExportError
 from export import check
-from export.check import Batch, check_head, check_segment
+from export.check import Batch, compare_head, compare_segment
 from export.models import head_model, segment_model
 
 
@@ -72,7 +72,7 @@ def test_segment_equals_encoder_for_any_mix_of_lengths(
     trunk = encoder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "random_batches", lambda *_: [batch_of(lengths, seed)])
-        assert check_segment(segment_model(trunk, *cut, Target.CPU), "segment", trunk, *cut, Target.CPU) < 1e-4
+        assert compare_segment(segment_model(trunk, *cut, Target.CPU), "segment", trunk, *cut, Target.CPU) < 1e-4
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,7 +85,7 @@ def test_head_equals_branch_for_any_mix_of_lengths(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "random_batches", lambda *_: [batch_of(lengths, seed)])
         model = head_model(branch, "task", Target.CPU)
-        assert check_head(model, "head", trunk, branch, 1, Target.CPU) < 1e-4
+        assert compare_head(model, "head", trunk, branch, 1, Target.CPU) < 1e-4
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (8, 8), (24, 3)], ids=lambda sizes: f"H{sizes[0]}-A{sizes[1]}")
@@ -93,8 +93,8 @@ def test_head_equals_branch_for_any_mix_of_lengths(
 def test_other_sizes_and_activations(sizes: tuple[int, int], activation: str) -> None:
     trunk = encoder(*sizes, activation=activation)
     branch = branch_of(trunk, Kind.CLASSIFICATION, 2, 3)
-    check_segment(segment_model(trunk, 0, 3, Target.CPU), "segment", trunk, 0, 3, Target.CPU)
-    check_head(head_model(branch, "task", Target.CPU), "head", trunk, branch, 2, Target.CPU)
+    compare_segment(segment_model(trunk, 0, 3, Target.CPU), "segment", trunk, 0, 3, Target.CPU)
+    compare_head(head_model(branch, "task", Target.CPU), "head", trunk, branch, 2, Target.CPU)
 
 
 def test_segments_in_a_chain_equal_one_trunk() -> None:
@@ -117,7 +117,7 @@ def test_segments_in_a_chain_equal_one_trunk() -> None:
 
 def test_fp16_stays_within_its_stated_tolerance(base) -> None:
     model = segment_model(base.encoder, 0, 2, Target.GPU)
-    assert 0 < check_segment(model, "segment", base.encoder, 0, 2, Target.GPU) < check.TOLERANCE[Target.GPU]
+    assert 0 < compare_segment(model, "segment", base.encoder, 0, 2, Target.GPU) < check.TOLERANCE[Target.GPU]
 
 
 def test_graphs_are_of_the_agreed_opset_and_equal_from_run_to_run() -> None:
@@ -145,4 +145,4 @@ def test_a_wrong_graph_is_refused() -> None:
     with torch.no_grad():
         other.layers[1].down.bias[0] += 0.1  # one unit: LayerNorm would take back a shift of all
     with pytest.raises(ExportError, match=r"trunk_0_3: the exported graph differs from PyTorch by \d"):
-        check_segment(segment_model(other, 0, 3, Target.CPU), "trunk_0_3", trunk, 0, 3, Target.CPU)
+        compare_segment(segment_model(other, 0, 3, Target.CPU), "trunk_0_3", trunk, 0, 3, Target.CPU)

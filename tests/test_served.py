@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from clients import AsyncClient, Classification, Client, Regression, RequestError, Tagging, UnknownTaskError
 from clients.evaluate import evaluate
+from espalier.contract import Kind
 from espalier.spec import load_spec
 from espalier.tagging import decode as decode_tags
 from serving.triton import TritonServer
@@ -170,8 +171,7 @@ def test_served_scores_equal_offline_ones(
 ) -> None:
     """`espalier evaluate` asks the server for what training computes offline."""
     from training.features import collate, featurize
-    from training.finetune import decode, gold
-    from training.metrics import score
+    from training.metrics import decode, gold, score
 
     with connect(server, "grpc") as client:
         for task, (tap, _) in TASKS.items():
@@ -190,6 +190,15 @@ def test_served_scores_equal_offline_ones(
                 answers += decode(spec.kind, card.labels, logits, chunk)
             offline = score(spec.kind, gold(examples[task]), answers, spec.positive)
             assert served == pytest.approx(offline, abs=1e-4)
+
+
+def test_a_spec_of_another_kind_is_not_evaluated(server: TritonServer, specs: Any) -> None:
+    spec = load_spec(specs / "intent.yaml").model_copy(update={"kind": Kind.REGRESSION})
+    with (
+        connect(server, "grpc") as client,
+        pytest.raises(RequestError, match="a classification task, the spec's a regression task"),
+    ):
+        evaluate(client, spec)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

@@ -2,6 +2,10 @@
 
 import json
 import random
+import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,9 @@ from espalier.spec import TaskSpec, load_spec
 from training.data import load_data
 from training.distill import TEMPERATURE, distill, soft_loss
 from training.features import IGNORED, collate, featurize
-from training.finetune import Arguments, Progress, decode, gold, hard_loss, new_branch, train
-from training.metrics import score
+from training.finetune import hard_loss, new_branch, train
+from training.fit import Arguments, Progress
+from training.metrics import decode, gold, score
 
 QUICK = Arguments(epochs=3, learning_rate=5e-3, batch_size=8, seed=1)
 COLOURS = ("red", "green", "blue")
@@ -162,7 +167,9 @@ def test_a_branch_that_does_not_fit_the_base_is_refused(
         train(spec, tiny, tap, layers, QUICK, tmp_path / "branch", silent)
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"max_train": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"seed": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"max_train": 0}]
+)
 def test_senseless_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match="must"):
         Arguments(**wrong)
@@ -172,6 +179,51 @@ def test_a_place_that_cannot_be_written_is_one_sentence(spec: TaskSpec, tiny: Ba
     (tmp_path / "file").write_text("")
     with pytest.raises(BranchError, match=r"cannot be written to .*file/branch: Not a directory"):
         train(spec, tiny, 1, 1, QUICK, tmp_path / "file" / "branch", silent)
+
+
+def test_a_folder_that_holds_more_than_a_branch_is_refused_before_training(
+    spec: TaskSpec, tiny: Base, tmp_path: Path
+) -> None:
+    (tmp_path / "branch" / "student").mkdir(parents=True)
+    steps: list[int] = []
+    with pytest.raises(BranchError, match="holds more than a branch"):
+        train(spec, tiny, 1, 1, QUICK, tmp_path / "branch", lambda progress: steps.append(progress.step))
+    assert not steps
+    assert (tmp_path / "branch" / "student").is_dir()
+
+
+def test_a_finished_run_clears_away_stopped_ones(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    for rate in (1e-3, 2e-3):
+        with pytest.raises(KeyboardInterrupt):
+            train(spec, tiny, 1, 1, Arguments(2, rate, 8), tmp_path / "branch", stop_after(1))
+    assert len(list(tmp_path.glob(".branch.training-*"))) == 2
+    train(spec, tiny, 1, 1, QUICK, tmp_path / "branch", silent)
+    assert not list(tmp_path.glob(".branch.training-*"))
+
+
+@pytest.mark.parametrize("limit", [20_000, 100_000], ids=["weights", "optimizer"])
+def test_a_full_disk_stops_training_in_one_sentence(limit: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The limit on file size fails a write in the middle, as a full disk does."""
+    spec = write_task(tmp_path, Kind.CLASSIFICATION)
+    command = ["-m", "espalier.cli", "train", spec, "--base", tiny_checkpoint, "--tap", "1", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "--epochs", "1"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"Error: .*cannot be written", done.stderr)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out.training-*/checkpoint-*"))
+
+
+def test_a_card_names_no_folder_of_the_machine(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    train(spec, tiny, 1, 1, QUICK, tmp_path / "branches" / "branch", silent)
+    data = json.loads((tmp_path / "branches" / "branch" / "branch.json").read_text())["spec"]["data"]
+    assert data == {"format": "jsonl", "train": "../../train.jsonl", "dev": "../../dev.jsonl", "quoting": "minimal"}
+    assert load_branch(tmp_path / "branches" / "branch")[1].spec == spec
 
 
 # --- losses -----------------------------------------------------------------------------------------------------
@@ -250,6 +302,16 @@ def test_distilling_the_same_again_is_up_to_date(teacher: Path, tiny: Base, tmp_
 def test_a_student_has_fewer_layers_than_its_teacher(layers: int, teacher: Path, tiny: Base, tmp_path: Path) -> None:
     with pytest.raises(BranchError, match="has 2 layers; a student has fewer"):
         distill(teacher, tiny, layers, QUICK, tmp_path / "student", silent)
+
+
+def test_a_student_learns_from_data_that_moved(teacher: Path, tiny: Base, tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    for name in ("task.yaml", "train.jsonl", "dev.jsonl"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    with pytest.raises(DataError, match=r"train\.jsonl cannot be read"):
+        distill(teacher, tiny, 1, QUICK, tmp_path / "student", silent)
+    moved = load_spec(tmp_path / "moved" / "task.yaml")
+    assert distill(teacher, tiny, 1, QUICK, tmp_path / "student", silent, moved)[1]
 
 
 def test_a_student_does_not_replace_its_teacher(teacher: Path, tiny: Base) -> None:

@@ -39,7 +39,8 @@ class TaskData:
 
     def digest(self) -> str:
         """Return the sha256 of the content: equal data, equal digest, wherever it lies."""
-        return digest(repr(self.labels), *(repr(example) for split in (self.train, self.dev) for example in split))
+        rows = (repr(example) for split in (self.train, self.dev) for example in split)
+        return digest(repr(self.labels), str(len(self.train)), *rows)
 
 
 def load_data(spec: TaskSpec, max_train: int | None = None) -> TaskData:
@@ -85,8 +86,7 @@ def _labels(spec: TaskSpec, train: Sequence[Example], dev: Sequence[Example]) ->
     if spec.positive is not None and spec.positive not in seen:
         raise DataError(f"task {spec.name}: no row of train has the positive label {spec.positive!r}")
     if len(seen) < 2:
-        have = "".join(f"the single label {label!r}" for label in seen) or "no label"
-        raise DataError(f"task {spec.name}: train has {have}; nothing can be learnt")
+        raise DataError(f"task {spec.name}: train has the single label {next(iter(seen))!r}; nothing can be learnt")
     return spec.labels or tuple(sorted(seen))
 
 
@@ -149,6 +149,8 @@ def _tagged(tokens: Any, tags: Any, where: str) -> Example:
     for name, column in (("tokens", words), ("tags", marks)):
         if not isinstance(column, list) or not all(isinstance(item, str) and item.strip() for item in column):
             raise DataError(f"{where}: {name} are {column!r}, not a list of words or words separated by spaces")
+    if not words:
+        raise DataError(f"{where}: there are no tokens; remove the row")
     if len(words) != len(marks):
         raise DataError(f"{where}: {len(words)} tokens, but {len(marks)} tags")
     for item in (*words, *marks):

@@ -15,10 +15,12 @@ from transformers import set_seed
 from espalier.branch import Branch, BranchCard, check_trunk, load_branch
 from espalier.contract import Kind
 from espalier.encoder import Base
-from espalier.errors import BranchError, DataError
+from espalier.errors import BranchError, DataError, SpecError
+from espalier.spec import TaskSpec
 from training.data import Example, load_data
 from training.features import IGNORED, collate, featurize
-from training.finetune import Arguments, Report, fit, hard_loss, inputs_digest, up_to_date
+from training.finetune import hard_loss, inputs_digest
+from training.fit import Arguments, Report, fit, up_to_date, workshop
 
 TEMPERATURE = 2.0
 
@@ -50,25 +52,31 @@ def logits_of(teacher: Branch, base: Base, card: BranchCard, examples: list[Exam
 
 
 def distill(
-    teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report
-) -> tuple[BranchCard, bool]:
+    teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report,
+    spec: TaskSpec | None = None,
+) -> tuple[BranchCard, bool]:  # fmt: skip
     """Distil the branch at `teacher_path` to its bottommost `layers` layers; write the student to `out`.
 
-    Returns the student's card, and whether it was trained now (False: the branch at `out` was up to date).
+    `spec` says where the data lies, if not where it lay when the teacher was trained. Returns the student's card, and
+    whether it was trained now (False: the branch at `out` was up to date).
     """
     teacher, card = load_branch(teacher_path)
     check_trunk(card, base, str(teacher_path))
+    spec = spec or card.spec
+    if (spec.name, spec.kind) != (card.spec.name, card.spec.kind):
+        raise SpecError(f"the spec is of task {spec.name!r} ({spec.kind}), the teacher of {card.spec.name!r}")
     if not 0 < layers < card.layers:
         raise BranchError(f"{teacher_path} has {card.layers} layers; a student has fewer, but at least 1, not {layers}")
-    if out.resolve() == teacher_path.resolve():
+    out = out.resolve()
+    if out == teacher_path.resolve():
         raise BranchError(f"the student would replace its teacher {teacher_path}; give another output folder")
-    data = load_data(card.spec, arguments.max_train)
+    data = load_data(spec, arguments.max_train)
     if data.labels != card.labels:
         raise DataError(
-            f"task {card.spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
+            f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    inputs = inputs_digest(card.spec, data, card.digest, card.tap, layers, arguments)
+    inputs = inputs_digest(spec, data, base, card.digest, card.tap, layers, arguments)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
@@ -78,12 +86,13 @@ def distill(
     student.output.load_state_dict(teacher.output.state_dict())
 
     def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
-        hard = hard_loss(card.spec.kind, logits, labels)
+        hard = hard_loss(spec.kind, logits, labels)
         # dev batches have no teacher logits: their loss is only reported
-        return hard if target is None else hard + soft_loss(card.spec.kind, logits, labels, target)
+        return hard if target is None else hard + soft_loss(spec.kind, logits, labels, target)
 
-    return fit(
-        spec=card.spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
-        out=out, report=report, loss=loss, teacher=card.digest,
-        teacher_logits=logits_of(teacher, base, card, data.train, arguments.batch_size),
-    ), True  # fmt: skip
+    with workshop(out, inputs) as work:
+        return fit(
+            spec=spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
+            work=work, out=out, report=report, loss=loss, teacher=card.digest,
+            teacher_logits=logits_of(teacher, base, card, data.train, arguments.batch_size),
+        ), True  # fmt: skip

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy.typing as npt
 from scipy.stats import DegenerateDataWarning, pearsonr, spearmanr
 from seqeval.metrics import f1_score as slot_f1
 from seqeval.metrics import precision_score as slot_precision
@@ -12,6 +13,8 @@ from seqeval.metrics import recall_score as slot_recall
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from espalier.contract import Kind
+from espalier.tagging import OUTSIDE
+from training.data import Example
 
 
 def score(kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: str | None = None) -> dict[str, float]:
@@ -48,3 +51,26 @@ def score(kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: s
                     "slot_recall": slot_recall(gold, predicted, zero_division=0),
                 }
     return {name: 0.0 if math.isnan(value) else float(value) for name, value in scores.items()}
+
+
+def gold(examples: list[Example]) -> list[Any]:
+    """Return the gold answers in the form that `score` takes."""
+    return [list(example.label) if isinstance(example.label, tuple) else example.label for example in examples]
+
+
+def decode(kind: Kind, labels: tuple[str, ...], logits: npt.NDArray[Any], features: list[dict[str, Any]]) -> list[Any]:
+    """Turn logits ([N,C], [N,1] or [N,S,C]) into the answers that `score` takes.
+
+    A word's tag is that of its first token; a word without a token is outside every slot.
+    """
+    match kind:
+        case Kind.CLASSIFICATION:
+            return [labels[i] for i in logits.argmax(-1)]
+        case Kind.REGRESSION:
+            return [float(value) for value in logits[:, 0]]
+        case Kind.TAGGING:
+            best = logits.argmax(-1)
+            return [
+                [labels[best[row, token]] if token >= 0 else OUTSIDE for token in feature["word_tokens"]]
+                for row, feature in enumerate(features)
+            ]
