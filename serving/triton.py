@@ -127,10 +127,10 @@ class TritonServer:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((self.host, port))
-                except (OSError, OverflowError) as error:
+                except OSError as error:
                     raise ServerError(
-                        f"port {port} on {self.host} cannot be used for {name} "
-                        f"({getattr(error, 'strerror', None) or error}); choose another with --{name}-port"
+                        f"port {port} on {self.host} cannot be used for {name} ({error.strerror or error}); "
+                        f"choose another with --{name}-port"
                     ) from error
 
     def _launch(self, wheel: Wheel, environment: dict[str, str]) -> None:

@@ -243,7 +243,8 @@ def test_nothing_deployed_is_said() -> None:
         pytest.param({"url": "http://localhost:8000"}, "url must be host:port", id="url with a scheme"),
         pytest.param({"url": "localhost"}, "url must be host:port", id="url without a port"),
         pytest.param({"protocol": "carrier pigeon"}, "protocol must be 'grpc' or 'http'", id="protocol"),
-        pytest.param({"timeout": 0}, "timeout must be more than 0 seconds", id="timeout"),
+        pytest.param({"timeout": 0}, "timeout must be more than 0 and at most 86400 seconds", id="no time"),
+        pytest.param({"timeout": float("inf")}, "timeout must be more than 0 and at most", id="for ever"),
     ],
 )
 def test_a_client_is_not_made_from_nonsense(arguments: dict[str, Any], message: str) -> None:
