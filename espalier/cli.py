@@ -11,8 +11,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from espalier import __version__, show
-from espalier.contract import HeadInfo, Repository, Target
+from espalier.contract import HeadInfo, Target
 from espalier.errors import EspalierError, SpecError
+from espalier.repository import Repository
 
 if TYPE_CHECKING:
     from clients import Client

@@ -13,6 +13,7 @@ from pathlib import Path
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from espalier.branch import Branch, BranchCard, check_trunk, load_branch
+from espalier.configs import ensemble_config, head_config, read_config, render, tokenizer_config, trunk_config
 from espalier.contract import (
     CONFIG_FILE,
     ENSEMBLE,
@@ -22,22 +23,15 @@ from espalier.contract import (
     TOKENIZER,
     TOKENIZER_FILE,
     HeadInfo,
-    Repository,
     Target,
     TrunkInfo,
-    check_head,
-    ensemble_config,
-    head_config,
     head_name,
-    read_config,
-    render,
     segments_for,
-    tokenizer_config,
-    trunk_config,
 )
 from espalier.encoder import Base, load_base
 from espalier.errors import ExportError, FingerprintError
 from espalier.files import whole_folder, write_whole
+from espalier.repository import Repository, check_head
 from export.check import compare_head, compare_segment
 from export.models import head_model, segment_model
 

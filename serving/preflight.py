@@ -4,20 +4,10 @@ from pathlib import Path
 
 import onnx
 
-from espalier.contract import (
-    CONFIG_FILE,
-    ENSEMBLE,
-    LABELS_FILE,
-    MODEL_FILE,
-    TOKENIZER,
-    TOKENIZER_FILE,
-    HeadInfo,
-    Kind,
-    Repository,
-    check_head,
-    read_config,
-)
+from espalier.configs import read_config
+from espalier.contract import CONFIG_FILE, ENSEMBLE, LABELS_FILE, MODEL_FILE, TOKENIZER, TOKENIZER_FILE, HeadInfo, Kind
 from espalier.errors import ContractError
+from espalier.repository import Repository, check_head
 
 
 def check_repository(path: Path) -> list[HeadInfo]:

@@ -10,7 +10,8 @@ import pytest
 
 from clients import Classification, Client, Regression, Tagging
 from clients.protocol import Call, Conversation, Infer, Program, ReadConfig
-from espalier.contract import ENSEMBLE, HeadInfo, Kind, Target, TrunkInfo, ensemble_config, head_config
+from espalier.configs import ensemble_config, head_config
+from espalier.contract import ENSEMBLE, HeadInfo, Kind, Target, TrunkInfo
 from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
 
 Reply = Callable[[Call], Any]

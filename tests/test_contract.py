@@ -10,27 +10,18 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from espalier.contract import (
-    CONFIG_FILE,
-    OFFSETS,
-    TASK_NAME,
-    TEXT,
-    HeadInfo,
-    Kind,
-    Repository,
-    Target,
-    TrunkInfo,
-    check_head,
+from espalier.configs import (
     ensemble_config,
     head_config,
     read_config,
     render,
-    segments_for,
     tokenizer_config,
     trunk_config,
     write_config,
 )
+from espalier.contract import CONFIG_FILE, OFFSETS, TASK_NAME, TEXT, HeadInfo, Kind, Target, TrunkInfo, segments_for
 from espalier.errors import ContractError, FingerprintError
+from espalier.repository import Repository, check_head
 
 PRINTS = {3: "3" * 64, 5: "5" * 64, 9: "9" * 64}
 

@@ -12,9 +12,11 @@ from conftest import DEEP, SHALLOW, make_branch
 from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.branch import BranchCard, load_branch, read_card, save_branch
-from espalier.contract import ENSEMBLE, Repository, Target, check_head, read_config
+from espalier.configs import read_config
+from espalier.contract import ENSEMBLE, Target
 from espalier.encoder import Base
 from espalier.errors import CheckpointError, ContractError, ExportError, FingerprintError
+from espalier.repository import Repository, check_head
 from export.repository import Exported, export
 from serving.preflight import check_repository
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from espalier.contract import write_config
+from espalier.configs import write_config
 from espalier.errors import ContractError, ServerError
 from serving.onnxruntime.options import providers, refuse_unsupported, run_options, session_options
 from serving.triton import TritonServer, free_ports

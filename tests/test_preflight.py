@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import TASKS
 
-from espalier.contract import CONFIG_FILE, read_config, write_config
+from espalier.configs import read_config, write_config
+from espalier.contract import CONFIG_FILE
 from espalier.errors import ContractError, FingerprintError
 from serving.preflight import check_repository
 

@@ -20,7 +20,7 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
-from espalier.contract import write_config
+from espalier.configs import write_config
 from espalier.errors import ServerError
 from serving.triton import TritonServer, free_ports
 from serving.triton_log import failure

@@ -1,0 +1,162 @@
+"""The protobuf configs of a model repository (Triton's model_config.proto), built as messages, never from templates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from espalier.contract import (
+    BELOW,
+    CONFIG_FILE,
+    ENSEMBLE,
+    LABELS_FILE,
+    MAX_BATCH_SIZE,
+    MODEL_FILE,
+    OFFSETS,
+    TEXT,
+    THREADS,
+    TOKENIZER,
+    HeadInfo,
+    Kind,
+    Target,
+    TrunkInfo,
+)
+from espalier.errors import ContractError
+from espalier.files import write_whole
+
+
+def _tensor(message: Any, name: str, data_type: int, dims: Sequence[int], *, ragged: bool = False) -> Any:
+    message.name, message.data_type = name, data_type
+    message.dims.extend(dims)
+    if ragged:
+        message.allow_ragged_batch = True
+    return message
+
+
+def tokenizer_config(max_length: int) -> pb.ModelConfig:
+    """Config of the tokenizer: TEXT [n, 1 or 2] → input_ids, token_type_ids [n,S], length [n,1], offsets [n,S,2]."""
+    config = pb.ModelConfig(name=TOKENIZER, backend="python", max_batch_size=MAX_BATCH_SIZE)
+    _tensor(config.input.add(), TEXT, pb.TYPE_STRING, [-1], ragged=True)
+    _tensor(config.output.add(), "input_ids", pb.TYPE_INT64, [-1])
+    _tensor(config.output.add(), "token_type_ids", pb.TYPE_INT64, [-1])
+    _tensor(config.output.add(), "length", pb.TYPE_INT32, [1])
+    _tensor(config.output.add(), OFFSETS, pb.TYPE_INT32, [-1, 2])
+    config.parameters["max_length"].string_value = str(max_length)
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    config.dynamic_batching.SetInParent()
+    return config
+
+
+def _onnx_config(name: str, source: str, target: Target, threads: int | None) -> pb.ModelConfig:
+    """Start the config of a ragged ONNX model whose items' shapes are those of the input `source`."""
+    config = pb.ModelConfig(name=name, backend="onnxruntime", max_batch_size=MAX_BATCH_SIZE)
+    _tensor(config.input.add(), "length", pb.TYPE_INT32, [1])
+    # One row per item, also for requests that hold several: the widths by which the flat inputs are cut.
+    config.batch_input.add(
+        kind=pb.BatchInput.BATCH_ITEM_SHAPE, target_name=["shape"], data_type=pb.TYPE_INT32, source_input=[source]
+    )
+    config.instance_group.add(kind=target.instance_kind, count=1)
+    config.dynamic_batching.SetInParent()
+    config.default_model_filename = MODEL_FILE
+    if target is Target.CPU and threads is not None:
+        config.parameters[THREADS].string_value = str(threads)
+    return config
+
+
+def _scatter(config: pb.ModelConfig, output: str, source: str) -> None:
+    """Cut the ragged `output` back into requests by the shapes of their input `source`."""
+    config.batch_output.add(
+        kind=pb.BatchOutput.BATCH_SCATTER_WITH_INPUT_SHAPE, target_name=[output], source_input=[source]
+    )
+
+
+def trunk_config(info: TrunkInfo, threads: int | None) -> pb.ModelConfig:
+    """Config of a trunk segment; `threads` is its ONNX Runtime intra-op pool (None: ONNX Runtime's default)."""
+    first = info.start == 0
+    source = "input_ids" if first else BELOW
+    target = info.target
+    config = _onnx_config(info.model, source, target, threads)
+    if first:
+        _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
+        _tensor(config.input.add(), "token_type_ids", pb.TYPE_INT64, [-1], ragged=True)
+    else:
+        _tensor(config.input.add(), BELOW, target.hidden_type, [-1, info.hidden_size], ragged=True)
+    _tensor(config.output.add(), "hidden", target.hidden_type, [-1, info.hidden_size])
+    _scatter(config, "hidden", source)
+    info.write_to(config)
+    return config
+
+
+def head_config(info: HeadInfo, target: Target) -> pb.ModelConfig:
+    """Config of a head. One thread: a head is a few per cent of a trunk layer, and idle pools spin."""
+    config = _onnx_config(info.model, "hidden", target, threads=1)
+    _tensor(config.input.add(), "hidden", target.hidden_type, [-1, info.hidden_size], ragged=True)
+    _tensor(config.output.add(), info.kind.output, pb.TYPE_FP32, head_output_dims(info))
+    if info.kind is Kind.CLASSIFICATION:
+        config.output[0].label_filename = LABELS_FILE
+    if info.kind is Kind.TAGGING:
+        _scatter(config, info.kind.output, "hidden")
+    info.write_to(config)
+    return config
+
+
+def head_output_dims(info: HeadInfo) -> list[int]:
+    """Return the dims of the head's output without the batch."""
+    match info.kind:
+        case Kind.CLASSIFICATION:
+            return [len(info.labels)]
+        case Kind.REGRESSION:
+            return [1]
+        case Kind.TAGGING:
+            return [-1, len(info.labels)]
+
+
+def ensemble_config(trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo]) -> pb.ModelConfig:
+    """Config of the ensemble: TEXT [n, 1 or 2] → one output per task, and `offsets`.
+
+    No tensor that another step reads is an output: Triton would report a deadlock when it is not requested. Internal
+    tensors start with an underscore, which no task name can.
+    """
+    config = pb.ModelConfig(name=ENSEMBLE, platform="ensemble", max_batch_size=MAX_BATCH_SIZE)
+    _tensor(config.input.add(), TEXT, pb.TYPE_STRING, [-1])
+    _tensor(config.output.add(), OFFSETS, pb.TYPE_INT32, [-1, 2])
+
+    def step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+        config.ensemble_scheduling.step.add(model_name=model, model_version=-1, input_map=inputs, output_map=outputs)
+
+    ids = {"input_ids": "_input_ids", "token_type_ids": "_token_type_ids", "length": "_length"}
+    step(TOKENIZER, {TEXT: TEXT}, {**ids, OFFSETS: OFFSETS})
+    for segment in trunk:
+        inputs = ids if segment.start == 0 else {BELOW: f"_hidden_{segment.start}", "length": "_length"}
+        step(segment.model, inputs, {"hidden": f"_hidden_{segment.stop}"})
+    for head in sorted(heads, key=lambda head: head.task):
+        _tensor(config.output.add(), head.task, pb.TYPE_FP32, head_output_dims(head))
+        step(head.model, {"hidden": f"_hidden_{head.tap}", "length": "_length"}, {head.kind.output: head.task})
+    return config
+
+
+def render(config: pb.ModelConfig) -> str:
+    """Return `config` as protobuf text; equal configs give equal bytes."""
+    # Maps have no order in protobuf; printing them sorted keeps untouched folders byte-identical.
+    return text_format.MessageToString(config, use_index_order=True)
+
+
+def write_config(folder: Path, config: pb.ModelConfig) -> None:
+    """Write `folder`/config.pbtxt whole."""
+    write_whole(folder / CONFIG_FILE, render(config))
+
+
+def read_config(folder: Path) -> pb.ModelConfig:
+    """Read `folder`/config.pbtxt; raise ContractError if it is missing or does not parse."""
+    path = folder / CONFIG_FILE
+    try:
+        config: pb.ModelConfig = text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
+    except FileNotFoundError as error:
+        raise ContractError(f"{path} is missing; every model folder has one") from error
+    except OSError as error:
+        raise ContractError(f"{path} cannot be read: {error.strerror}") from error
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise ContractError(f"{path} is not a Triton model config: {error}") from error
+    return config
