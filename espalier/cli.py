@@ -18,6 +18,7 @@ from espalier.repository import Repository
 if TYPE_CHECKING:
     from clients import Client
     from espalier.branch import BranchCard
+    from training.activations import ActivationCache
     from training.fit import Report
 
 app = typer.Typer(
@@ -40,6 +41,10 @@ MaxTrain = Annotated[int | None, typer.Option(help="Use the first so many rows o
 Data = Annotated[
     Path | None, typer.Option("--data", help="Folder of the spec's data paths. [default: the spec's own folder]")
 ]
+UseCache = Annotated[
+    bool, typer.Option("--cache", help="Run the trunk once, and keep its activations in .activations beside OUT.")
+]
+CacheLimit = Annotated[float, typer.Option(help="Largest size of .activations, in GiB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a pipe instead of a table.")]
 RepositoryPath = Annotated[Path, typer.Option("--repository", help="The model repository.")]
 Url = Annotated[
@@ -61,6 +66,8 @@ def train(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     max_train: MaxTrain = None,
+    use_cache: UseCache = False,
+    cache_limit: CacheLimit = 20.0,
     out: Annotated[Path | None, typer.Option(help="The branch folder. [default: branches/TASK]")] = None,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +84,8 @@ def train(
         loaded = load_base(base, revision)
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
     with training_progress(task.name) as report:
-        card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report)
+        cache = _cache(out, cache_limit) if use_cache else None
+        card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report, cache)
     _print_branch(card, out, trained, as_json)
 
 
@@ -94,6 +102,8 @@ def distill(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     max_train: MaxTrain = None,
+    use_cache: UseCache = False,
+    cache_limit: CacheLimit = 20.0,
     as_json: Json = False,
 ) -> None:
     """Distil a branch to fewer layers: same trunk, same tap, same task."""
@@ -110,7 +120,8 @@ def distill(
         loaded = load_base(base) if base else load_base(card.base, None if card.revision == "local" else card.revision)
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
     with training_progress(card.spec.name) as report:
-        student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task)
+        cache = _cache(out, cache_limit) if use_cache else None
+        student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task, cache)
     _print_branch(student, out, trained, as_json)
 
 
@@ -247,6 +258,12 @@ def connect(url: str | None, http: bool, timeout: float) -> "Iterator[Client]":
         yield client
 
 
+def _cache(out: Path, limit: float) -> "ActivationCache":
+    from training.activations import ActivationCache
+
+    return ActivationCache(out.resolve().parent / ".activations", int(limit * 2**30))
+
+
 def _bar() -> Progress:
     return Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -263,7 +280,8 @@ def training_progress(name: str) -> "Iterator[Report]":
         row = bar.add_task(name, total=None, note="")
 
         def report(step: Step) -> None:
-            bar.update(row, completed=step.step, total=step.steps)
+            where = f"{name}: the trunk, once" if step.stage == "trunk" else name
+            bar.update(row, description=where, completed=step.step, total=step.steps)
             if step.metrics is not None:
                 scores = "  ".join(f"{key} {value:.3f}" for key, value in step.metrics.items() if key != "epoch")
                 bar.update(row, note=f"dev after epoch {step.epoch:.0f}: {scores}")

@@ -17,10 +17,11 @@ from espalier.contract import Kind
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
 from espalier.spec import TaskSpec
+from training.activations import ActivationCache
 from training.data import Example, load_data
 from training.features import IGNORED, collate, featurize
 from training.finetune import hard_loss, inputs_digest
-from training.fit import Arguments, Report, fit, up_to_date, workshop
+from training.fit import Arguments, Report, attach_activations, fit, up_to_date, workshop
 
 TEMPERATURE = 2.0
 
@@ -36,15 +37,22 @@ def soft_loss(kind: Kind, logits: Tensor, labels: Tensor, teacher: Tensor) -> Te
 
 
 @torch.no_grad()
-def logits_of(teacher: Branch, base: Base, card: BranchCard, examples: list[Example], batch_size: int) -> list[Tensor]:
+def logits_of(
+    teacher: Branch, base: Base, card: BranchCard, examples: list[Example], batch_size: int, report: Report,
+    cache: ActivationCache | None,
+) -> list[Tensor]:  # fmt: skip
     """Return the teacher's logits by example: [C], [1], or [S,C] for tagging. They are constants: no dropout."""
     features = featurize(card.spec.kind, card.labels, base.tokenizer, base.max_length, examples)
+    if cache is not None:
+        attach_activations(cache, base, card.tap, [features], report)
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))  # little padding
     logits: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = collate([features[row] for row in rows])
-        hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=card.tap)
+        hidden = batch.get("hidden")
+        if hidden is None:
+            hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=card.tap)
         for row, answer in zip(rows, teacher(hidden, batch["mask"]), strict=True):
             tagging = card.spec.kind is Kind.TAGGING
             logits[row] = answer[: len(features[row]["input_ids"])].clone() if tagging else answer
@@ -53,7 +61,7 @@ def logits_of(teacher: Branch, base: Base, card: BranchCard, examples: list[Exam
 
 def distill(
     teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report,
-    spec: TaskSpec | None = None,
+    spec: TaskSpec | None = None, cache: ActivationCache | None = None,
 ) -> tuple[BranchCard, bool]:  # fmt: skip
     """Distil the branch at `teacher_path` to its bottommost `layers` layers; write the student to `out`.
 
@@ -76,7 +84,7 @@ def distill(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    inputs = inputs_digest(spec, data, base, card.digest, card.tap, layers, arguments)
+    inputs = inputs_digest(spec, data, base, card.digest, card.tap, layers, arguments, cache)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
@@ -93,6 +101,6 @@ def distill(
     with workshop(out, inputs) as work:
         return fit(
             spec=spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
-            work=work, out=out, report=report, loss=loss, teacher=card.digest,
-            teacher_logits=logits_of(teacher, base, card, data.train, arguments.batch_size),
+            work=work, out=out, report=report, loss=loss, cache=cache, teacher=card.digest,
+            teacher_logits=logits_of(teacher, base, card, data.train, arguments.batch_size, report, cache),
         ), True  # fmt: skip

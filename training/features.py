@@ -91,7 +91,10 @@ def spread(tag: str, parts: int) -> list[str]:
 
 
 def collate(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad a batch to its own longest: input_ids, token_type_ids and mask [B,S]; labels [B] or [B,S]."""
+    """Pad a batch to its own longest: input_ids, token_type_ids and mask [B,S]; labels [B] or [B,S].
+
+    With activations attached (see training.activations) also hidden [B,S,H].
+    """
     longest = max(len(feature["input_ids"]) for feature in features)
 
     def pad(key: str, value: int) -> Tensor:
@@ -105,6 +108,9 @@ def collate(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch["labels"] = pad("labels", IGNORED)
     else:
         batch["labels"] = torch.tensor([feature["labels"] for feature in features])
+    if "hidden" in features[0]:
+        states = [activations[row] for activations, row in (feature["hidden"] for feature in features)]
+        batch["hidden"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
     if "teacher_logits" in features[0]:
         # [B,C], or [B,S,C] for tagging; padded tokens are masked by their label
         batch["teacher_logits"] = torch.nn.utils.rnn.pad_sequence(

@@ -13,6 +13,7 @@ from espalier.encoder import Base
 from espalier.errors import SpecError
 from espalier.files import digest
 from espalier.spec import TaskSpec
+from training.activations import ActivationCache
 from training.data import TaskData, load_data
 from training.features import IGNORED
 from training.fit import Arguments, Report, fit, up_to_date, workshop
@@ -22,10 +23,12 @@ RECIPE = "1"
 
 
 def train(
-    spec: TaskSpec, base: Base, tap: int, layers: int | None, arguments: Arguments, out: Path, report: Report
-) -> tuple[BranchCard, bool]:
+    spec: TaskSpec, base: Base, tap: int, layers: int | None, arguments: Arguments, out: Path, report: Report,
+    cache: ActivationCache | None = None,
+) -> tuple[BranchCard, bool]:  # fmt: skip
     """Fine-tune a branch of `layers` layers above `tap`, starting from the base's own; write it to `out`.
 
+    With a `cache` the trunk runs once, not in every epoch; trainings on the same texts and tap share it.
     Returns its card, and whether it was trained now (False: the branch at `out` was up to date).
     """
     depth = base.config.num_hidden_layers
@@ -36,7 +39,7 @@ def train(
         raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
     out = out.resolve()
     data = load_data(spec, arguments.max_train)
-    inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments)
+    inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache)
     if card := up_to_date(out, inputs):
         return card, False
 
@@ -45,7 +48,7 @@ def train(
     with workshop(out, inputs) as work:
         return fit(
             spec=spec, data=data, base=base, tap=tap, branch=branch, arguments=arguments, inputs=inputs, work=work,
-            out=out, report=report, loss=lambda logits, labels, _: hard_loss(spec.kind, logits, labels),
+            out=out, report=report, cache=cache, loss=lambda logits, labels, _: hard_loss(spec.kind, logits, labels),
         ), True  # fmt: skip
 
 
@@ -60,14 +63,16 @@ def new_branch(base: Base, kind: Kind, tap: int, layers: int, labels: int) -> Br
 
 
 def inputs_digest(
-    spec: TaskSpec, data: TaskData, base: Base, start: str, tap: int, layers: int, arguments: Arguments
-) -> str:
+    spec: TaskSpec, data: TaskData, base: Base, start: str, tap: int, layers: int, arguments: Arguments,
+    cache: ActivationCache | None,
+) -> str:  # fmt: skip
     """Return the digest of all that a training depends on; `start` is the identity of the initial weights.
 
-    The base's name counts, too: it goes into the card, and export loads the base by it.
+    The base's name counts, too: it goes into the card, and export loads the base by it. So does whether a cache is
+    used: it rounds to FP16.
     """
     plain = spec.model_dump_json(exclude={"data"})
-    numbers = repr([tap, layers, sorted(asdict(arguments).items())])
+    numbers = repr([tap, layers, cache is not None, sorted(asdict(arguments).items())])
     return digest(RECIPE, plain, data.digest(), base.name, base.revision, start, numbers)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
 
 from espalier.branch import Branch, BranchCard, check_place, load_branch, read_card, save_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError, SpecError
 from espalier.spec import TaskSpec
+from training.activations import ActivationCache
 from training.data import TaskData
 from training.features import collate, featurize
 from training.metrics import decode, gold, score
@@ -67,6 +69,7 @@ class Progress:
     steps: int
     epoch: float
     metrics: dict[str, float] | None = None
+    stage: str = "training"  # or, before it, "trunk": steps are then texts
 
 
 Report = Callable[[Progress], None]
@@ -95,17 +98,29 @@ def workshop(out: Path, inputs: str) -> Iterator[Path]:
     work = out.parent / f".{out.name}.training-{inputs[:12]}"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
+        with _alone_in(work) as alone:
+            if not alone:
+                raise BranchError(f"another process is training {out} in just this way; wait for it")
+            yield work
+            shutil.rmtree(work)
     except OSError as error:
         raise BranchError(f"the branch cannot be written to {out}: {error.strerror or error}") from error
-    with lock:
+    for stopped in out.parent.glob(f".{out.name}.training-*"):
+        with _alone_in(stopped) as alone:
+            if alone:
+                shutil.rmtree(stopped)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Lock `folder` for the block; yield False if another process has it."""
+    with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BranchError(f"another process is training {out} in just this way; wait for it") from error
-        yield work
-        for folder in out.parent.glob(f".{out.name}.training-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 class _Model(nn.Module):
@@ -120,10 +135,11 @@ class _Model(nn.Module):
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor, labels: Tensor,
-        teacher_logits: Tensor | None = None,
+        hidden: Tensor | None = None, teacher_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        with torch.no_grad():
-            hidden = self._frozen[0](input_ids, token_type_ids, mask, tap=self._tap)  # [B,S,H]
+        if hidden is None:
+            with torch.no_grad():
+                hidden = self._frozen[0](input_ids, token_type_ids, mask, tap=self._tap)  # [B,S,H]
         logits = self.branch(hidden, mask)
         return {"loss": self._loss(logits, labels, teacher_logits), "logits": logits}
 
@@ -131,11 +147,12 @@ class _Model(nn.Module):
 def fit(
     *, spec: TaskSpec, data: TaskData, base: Base, tap: int, branch: Branch, arguments: Arguments, inputs: str,
     work: Path, out: Path, report: Report, loss: Loss, teacher_logits: list[Tensor] | None = None,
-    teacher: str | None = None,
+    teacher: str | None = None, cache: ActivationCache | None = None,
 ) -> BranchCard:  # fmt: skip
     """Train `branch` on `data`, keep its best epoch by the dev metric, and write the branch folder `out`.
 
-    Checkpoints are kept in `work`; a run that finds some there goes on from the newest.
+    Checkpoints are kept in `work`; a run that finds some there goes on from the newest. With a `cache` the trunk runs
+    once; its activations are rounded to FP16, so the metrics in the card are taken anew, without it, as served.
     """
     splits = {
         name: featurize(spec.kind, data.labels, base.tokenizer, base.max_length, examples)
@@ -144,10 +161,13 @@ def fit(
     if teacher_logits is not None:
         for feature, logits in zip(splits["train"], teacher_logits, strict=True):
             feature["teacher_logits"] = logits
+    exact = [dict(feature) for feature in splits["dev"]]
+    if cache is not None:
+        attach_activations(cache, base, tap, splits.values(), report)
     fingerprint = base.fingerprint(tap)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    def metrics(prediction: EvalPrediction | PredictionOutput) -> dict[str, float]:
         answers = decode(spec.kind, data.labels, prediction.predictions, splits["dev"])
         return score(spec.kind, gold(data.dev), answers, spec.positive)
 
@@ -196,6 +216,7 @@ def fit(
             # Checkpoints of very short epochs; the Trainer then goes by their numbers.
             warnings.filterwarnings("ignore", message="mtime may not be reliable")
             trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+        final = metrics(trainer.predict(exact))
     finally:
         base.encoder.cpu()
         branch.cpu()
@@ -206,7 +227,6 @@ def fit(
         for entry in trainer.state.log_history
         if "eval_loss" in entry
     ]
-    best = max(history, key=lambda entry: entry[spec.metric])
     return save_branch(
         out,
         branch,
@@ -219,7 +239,7 @@ def fit(
             tap=tap,
             layers=len(branch.layers),
             encoder=asdict(branch.config),
-            metrics={key: value for key, value in best.items() if key not in ("epoch", "loss")},
+            metrics=final,
             history=history,
             arguments=asdict(arguments),
             teacher=teacher,
@@ -228,6 +248,17 @@ def fit(
             weights="",
         ),
     )
+
+
+def attach_activations(
+    cache: ActivationCache, base: Base, tap: int, splits: Iterable[list[dict[str, Any]]], report: Report
+) -> None:
+    """Attach the trunk's activations to the features of each split, computing what the cache does not have."""
+    for features in splits:
+        activations = cache.get(
+            base, tap, features, lambda done, total: report(Progress(done, total, 0, stage="trunk"))
+        )
+        activations.attach(features)
 
 
 def _is_metric(key: str) -> bool:
