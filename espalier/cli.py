@@ -117,7 +117,7 @@ def distill(
         from training.distill import distill as distil_branch
         from training.fit import Arguments
 
-        loaded = load_base(base) if base else load_base(card.base, None if card.revision == "local" else card.revision)
+        loaded = load_base(base) if base else load_base(card.base, card.revision)
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
     with training_progress(card.spec.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None

@@ -24,6 +24,9 @@ from espalier.files import digest
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 """Feed-forward activations, as the approximation that torch's gelu takes."""
 
+LOCAL = "local"
+"""Revision of a base that is no hub id, and so has none."""
+
 PACKAGE_SCHEME = "pkg:"
 """`pkg:PACKAGE/FOLDER` names a checkpoint folder inside an installed Python package, on whatever machine."""
 
@@ -151,7 +154,7 @@ class Base:
     """A pre-trained checkpoint: the encoder, its tokenizer (as `tokenizers` JSON) and where both came from."""
 
     name: str  # hub id, local folder, or pkg:PACKAGE/FOLDER
-    revision: str  # commit of the hub, or "local"
+    revision: str  # commit of the hub, or LOCAL
     encoder: Encoder
     tokenizer: str
     max_length: int  # longest sequence, in tokens
@@ -192,11 +195,13 @@ def resolve(base: str) -> str:
 def load_base(base: str, revision: str | None = None) -> Base:
     """Load a BERT checkpoint and its tokenizer with `transformers`: hub id, local folder or pkg:PACKAGE/FOLDER.
 
-    Raises CheckpointError if it cannot be loaded or is not a BERT.
+    The revision of a card, LOCAL too, may be given back. Raises CheckpointError if the base cannot be loaded or is not
+    a BERT.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
     location = resolve(base)
+    revision = None if revision == LOCAL else revision
     try:
         config = AutoConfig.from_pretrained(location, revision=revision)
         if config.model_type != "bert":
@@ -224,7 +229,7 @@ def load_base(base: str, revision: str | None = None) -> Base:
     return Base(
         # A local folder by its full path: export loads the base again, from wherever it runs.
         name=os.path.abspath(location) if location == base and Path(base).is_dir() else base,
-        revision=getattr(config, "_commit_hash", None) or "local",
+        revision=getattr(config, "_commit_hash", None) or LOCAL,
         encoder=encoder,
         tokenizer=rust.to_str(),
         max_length=encoder.config.max_position_embeddings,

@@ -53,9 +53,7 @@ def export(
     target: Target = Target.CPU,
     threads: int | None = None,
     base: str | None = None,
-    load: Callable[[str, str], Base] = lambda name, revision: load_base(
-        name, None if revision == "local" else revision
-    ),
+    load: Callable[[str, str | None], Base] = load_base,
     report: Callable[[Exported], None] = lambda exported: None,
 ) -> list[Exported]:
     """Add or replace the heads of `branches` in `repository`; heads of other tasks stay as they are, byte for byte.
@@ -80,7 +78,7 @@ def export(
                 f"{path} was trained on {card.base!r} ({card.revision}), {branches[0]} on {first.base!r} "
                 f"({first.revision}); one repository has one trunk"
             )
-    found = load(base or first.base, "local" if base else first.revision)
+    found = load(base, None) if base else load(first.base, first.revision)
     for path, _, card in loaded:
         check_trunk(card, found, str(path))
     try:
@@ -203,7 +201,6 @@ class _Export:
         )
 
     def _tokenizer(self) -> None:
-        # File by file: in the project's own model_repository/ the code is there already and stays.
         # A link to model_repository/tokenizer/1/model.py, so that an installed export brings it along.
         code = files("export").joinpath("tokenizer_model.py").read_bytes()
         content = {
@@ -211,6 +208,7 @@ class _Export:
             f"{VERSION}/{TOKENIZER_FILE}": self.base.tokenizer.encode(),
             f"{VERSION}/model.py": code,
         }
+        # File by file: in the project's own model_repository/ the code is there already and stays.
         changed = [name for name, data in content.items() if not _holds(self.repository / TOKENIZER / name, data)]
         for name in changed:
             write_whole(self.repository / TOKENIZER / name, content[name])

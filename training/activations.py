@@ -5,10 +5,11 @@ data split and tap, kept on disk in FP16 – the real tokens alone, no pads – 
 training on the same trunk, tap and text: other seeds, learning rates, students.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.encoder import Base
 from espalier.errors import DataError
@@ -30,6 +31,19 @@ DEFAULT_LIMIT = 20 * 2**30  # bytes
 
 Report = Callable[[int, int], None]
 """Told the texts done, and all texts."""
+
+
+@contextlib.contextmanager
+def accelerated(*modules: nn.Module) -> Iterator[torch.device]:
+    """Move `modules` to the GPU for the block, if there is one; yield the device they are on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        for module in modules:
+            module.to(device)
+        yield device
+    finally:
+        for module in modules:
+            module.cpu()
 
 
 class Activations:
@@ -87,21 +101,17 @@ class ActivationCache:
                 with (growing / HIDDEN_FILE).open("wb") as file:
                     os.posix_fallocate(file.fileno(), 0, needed)  # a full disk is an error here, a SIGBUS in the map
                 hidden = np.memmap(growing / HIDDEN_FILE, np.float16, "r+", shape=(int(lengths.sum()), size))
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                encoder = base.encoder.to(device)
-                try:
+                with accelerated(base.encoder) as device:
                     order = np.argsort(lengths, kind="stable")  # little padding
                     for at in range(0, len(order), BATCH_SIZE):
                         rows = order[at : at + BATCH_SIZE]
                         batch = collate([features[row] for row in rows])
                         inputs = (batch[key].to(device) for key in ("input_ids", "token_type_ids", "mask"))
                         with torch.no_grad():
-                            states = encoder(*inputs, tap=tap).cpu().numpy()  # [B,S,H]
+                            states = base.encoder(*inputs, tap=tap).cpu().numpy()  # [B,S,H]
                         for row, state in zip(rows, states, strict=True):
                             hidden[starts[row] : starts[row] + lengths[row]] = state[: lengths[row]]
                         report(at + len(rows), len(order))
-                finally:
-                    base.encoder.cpu()
                 hidden.flush()
                 shape = {"tokens": int(lengths.sum()), "hidden_size": size, "tap": tap, "base": base.name}
                 (growing / SHAPE_FILE).write_text(json.dumps(shape))

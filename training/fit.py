@@ -27,7 +27,7 @@ from espalier.branch import Branch, BranchCard, check_place, load_branch, read_c
 from espalier.encoder import Base
 from espalier.errors import BranchError, SpecError
 from espalier.spec import TaskSpec
-from training.activations import ActivationCache
+from training.activations import ActivationCache, accelerated
 from training.data import TaskData
 from training.features import collate, featurize
 from training.metrics import decode, gold, score
@@ -106,7 +106,8 @@ def workshop(out: Path, inputs: str) -> Iterator[Path]:
     except OSError as error:
         raise BranchError(f"the branch cannot be written to {out}: {error.strerror or error}") from error
     for stopped in out.parent.glob(f".{out.name}.training-*"):
-        with _alone_in(stopped) as alone:
+        # Another run may clear it away at the same moment.
+        with contextlib.suppress(FileNotFoundError), _alone_in(stopped) as alone:
             if alone:
                 shutil.rmtree(stopped)
 
@@ -161,11 +162,10 @@ def fit(
     if teacher_logits is not None:
         for feature, logits in zip(splits["train"], teacher_logits, strict=True):
             feature["teacher_logits"] = logits
-    exact = [dict(feature) for feature in splits["dev"]]
+    exact = [dict(feature) for feature in splits["dev"]]  # without activations, as served
     if cache is not None:
         attach_activations(cache, base, tap, splits.values(), report)
     fingerprint = base.fingerprint(tap)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def metrics(prediction: EvalPrediction | PredictionOutput) -> dict[str, float]:
         answers = decode(spec.kind, data.labels, prediction.predictions, splits["dev"])
@@ -196,8 +196,8 @@ def fit(
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     options._n_gpu = min(options.n_gpu, 1)  # DataParallel would copy the branch, but not the trunk
     trainer = _Trainer(
@@ -210,16 +210,12 @@ def fit(
         callbacks=[_Reporter(report)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    base.encoder.to(device)
-    try:
+    with accelerated(base.encoder, branch):
         with warnings.catch_warnings():
             # Checkpoints of very short epochs; the Trainer then goes by their numbers.
             warnings.filterwarnings("ignore", message="mtime may not be reliable")
             trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-        final = metrics(trainer.predict(exact))
-    finally:
-        base.encoder.cpu()
-        branch.cpu()
+        final = metrics(trainer.predict(exact)) if cache is not None else None
     if not Path(trainer.state.best_model_checkpoint or "").is_dir():
         raise BranchError(f"the checkpoint of the best epoch is gone from {work}; remove that folder and train again")
     history = [
@@ -227,6 +223,7 @@ def fit(
         for entry in trainer.state.log_history
         if "eval_loss" in entry
     ]
+    best = max(history, key=lambda entry: entry[spec.metric])
     return save_branch(
         out,
         branch,
@@ -239,7 +236,7 @@ def fit(
             tap=tap,
             layers=len(branch.layers),
             encoder=asdict(branch.config),
-            metrics=final,
+            metrics=final or {key: value for key, value in best.items() if key not in ("epoch", "loss")},
             history=history,
             arguments=asdict(arguments),
             teacher=teacher,
