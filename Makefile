@@ -13,7 +13,7 @@ help:  ## what there is
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch  # first: a CPU build where pip is set up for one
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,export,serve,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,ray,export,serve,dev]'
 	touch $@
 
 demo: $(STAMP)  ## make data, train four tasks, export, serve on a real Triton, ask
