@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -94,6 +94,9 @@ def distill(
     teacher: Annotated[Path, typer.Argument(help="The branch folder of the teacher.")],
     layers: Annotated[int, typer.Option(help="Layers of the student, fewer than the teacher's.")],
     out: Annotated[Path, typer.Option(help="The student's branch folder.")],
+    init: Annotated[
+        Literal["teacher", "pretrained"], typer.Option(help="Start from the teacher's bottommost layers or the base's.")
+    ] = "teacher",
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the teacher had it.")] = None,
     spec: Annotated[Path | None, typer.Option(help="The task's spec file, if its data moved since.")] = None,
     data: Data = None,
@@ -114,6 +117,7 @@ def distill(
     card = read_card(teacher)
     task = load_spec(spec, data) if spec else None
     with show.waiting("loading the base"):
+        from training.distill import Init
         from training.distill import distill as distil_branch
         from training.fit import Arguments
 
@@ -121,7 +125,7 @@ def distill(
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
     with training_progress(card.spec.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
-        student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task, cache)
+        student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task, cache, Init(init))
     _print_branch(student, out, trained, as_json)
 
 

@@ -19,7 +19,7 @@ from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, FingerprintError, SpecError
 from espalier.spec import TaskSpec, load_spec
 from training.data import load_data
-from training.distill import TEMPERATURE, distill, soft_loss
+from training.distill import TEMPERATURE, Init, distill, soft_loss
 from training.features import IGNORED, collate, featurize
 from training.finetune import hard_loss, new_branch, train
 from training.fit import Arguments, Progress
@@ -291,6 +291,16 @@ def test_a_student_starts_from_the_teachers_bottommost_layers(teacher: Path, tin
     assert {name for name in new if name.startswith("layers.")} == {n for n in old if n.startswith("layers.0.")}
     for name, tensor in new.items():
         torch.testing.assert_close(tensor, old[name], atol=1e-6, rtol=0)
+
+
+def test_a_student_can_start_from_the_base(teacher: Path, tiny: Base, tmp_path: Path) -> None:
+    still = Arguments(epochs=1, learning_rate=1e-12, batch_size=8, weight_decay=0.0)
+    distill(teacher, tiny, 1, still, tmp_path / "student", silent, init=Init.PRETRAINED)
+    student = load_branch(tmp_path / "student")[0]
+    for name, tensor in student.layers[0].state_dict().items():
+        torch.testing.assert_close(tensor, tiny.encoder.layers[1].state_dict()[name], atol=1e-6, rtol=0)
+    other, trained = distill(teacher, tiny, 1, still, tmp_path / "student", silent)
+    assert trained, "another start is another training"
 
 
 def test_distilling_the_same_again_is_up_to_date(teacher: Path, tiny: Base, tmp_path: Path) -> None:

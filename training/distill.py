@@ -1,10 +1,12 @@
 """Distillation of a branch to fewer layers (paper, section on knowledge distillation).
 
-The student keeps the teacher's tap and starts from the teacher's bottommost task layers and its output layer. Loss:
+The student keeps the teacher's tap and starts from the teacher's bottommost task layers and its output layer, or from
+the base's own layers at that depth and a fresh output layer. Loss:
 T²·KL(teacher ‖ student) at temperature T plus the hard loss, in equal parts; for regression the squared distance to
 the teacher's value plus that to the label; for tagging per token.
 """
 
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -20,10 +22,17 @@ from espalier.spec import TaskSpec
 from training.activations import ActivationCache
 from training.data import Example, load_data
 from training.features import IGNORED, collate, featurize
-from training.finetune import hard_loss, inputs_digest
+from training.finetune import hard_loss, inputs_digest, new_branch
 from training.fit import Arguments, Report, attach_activations, fit, up_to_date, workshop
 
 TEMPERATURE = 2.0
+
+
+class Init(StrEnum):
+    """Where a student's weights start."""
+
+    TEACHER = "teacher"  # its bottommost task layers, and its output layer
+    PRETRAINED = "pretrained"  # the base's layers above the tap, and a fresh output layer
 
 
 def soft_loss(kind: Kind, logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
@@ -61,7 +70,7 @@ def logits_of(
 
 def distill(
     teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report,
-    spec: TaskSpec | None = None, cache: ActivationCache | None = None,
+    spec: TaskSpec | None = None, cache: ActivationCache | None = None, init: Init = Init.TEACHER,
 ) -> tuple[BranchCard, bool]:  # fmt: skip
     """Distil the branch at `teacher_path` to its bottommost `layers` layers; write the student to `out`.
 
@@ -84,14 +93,16 @@ def distill(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    inputs = inputs_digest(spec, data, base, card.digest, card.tap, layers, arguments, cache)
+    start = f"{card.digest} {init}"
+    inputs = inputs_digest(spec, data, base, start, card.tap, layers, arguments, cache)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
     set_seed(arguments.seed)
-    student = Branch(teacher.config, teacher.kind, layers, teacher.output.out_features)
-    student.layers.load_state_dict(teacher.layers[:layers].state_dict())
-    student.output.load_state_dict(teacher.output.state_dict())
+    student = new_branch(base, spec.kind, card.tap, layers, len(card.labels))
+    if init is Init.TEACHER:
+        student.layers.load_state_dict(teacher.layers[:layers].state_dict())
+        student.output.load_state_dict(teacher.output.state_dict())
 
     def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
         hard = hard_loss(spec.kind, logits, labels)
