@@ -299,7 +299,7 @@ def test_a_student_can_start_from_the_base(teacher: Path, tiny: Base, tmp_path: 
     student = load_branch(tmp_path / "student")[0]
     for name, tensor in student.layers[0].state_dict().items():
         torch.testing.assert_close(tensor, tiny.encoder.layers[1].state_dict()[name], atol=1e-6, rtol=0)
-    other, trained = distill(teacher, tiny, 1, still, tmp_path / "student", silent)
+    _, trained = distill(teacher, tiny, 1, still, tmp_path / "student", silent)
     assert trained, "another start is another training"
 
 
