@@ -1,4 +1,4 @@
-"""Score a deployed task on a dev split, through the server, with the metrics of training. Needs the extra `train`."""
+"""Score a deployed task on dev or test, through the server, with the metrics of training. Needs the extra `train`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,21 +8,24 @@ from clients.results import Answer, Classification, Regression, Tagging
 from espalier.errors import RequestError
 from espalier.spec import TaskSpec
 from espalier.tagging import OUTSIDE
-from training.data import Example, load_split
+from training.data import Example, check_ignored, load_split
 from training.metrics import gold, score
 
 
 def evaluate(
-    client: Client, spec: TaskSpec, batch_size: int = 16, report: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, float]:
-    """Ask the server for every row of `spec`'s dev split and return the metrics of the answers.
+    client: Client, spec: TaskSpec, batch_size: int = 16,
+    report: Callable[[int, int], None] = lambda done, total: None, split: str = "dev",
+) -> dict[str, float]:  # fmt: skip
+    """Ask the server for every row of `spec`'s `split`, dev or test, and return the metrics of the answers.
 
-    `report` is told the rows answered and all rows.
+    `report` is told the rows answered and all rows. A label that only this split has counts as not found.
     """
     deployed = client.tasks().get(spec.name)
     if deployed is not None and deployed.kind is not spec.kind:
         raise RequestError(f"the server's task {spec.name!r} is a {deployed.kind} task, the spec's a {spec.kind} task")
-    examples = load_split(spec, "dev")
+    if deployed is not None:
+        check_ignored(spec, deployed.labels)
+    examples = load_split(spec, split)
     predicted: list[Any] = []
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
@@ -30,7 +33,7 @@ def evaluate(
         answers = client.ask_batch(items, tasks=[spec.name])
         predicted += [plain(answer[spec.name], example) for answer, example in zip(answers, chunk, strict=True)]
         report(len(predicted), len(examples))
-    return score(spec.kind, gold(examples), predicted, spec.positive)
+    return score(spec.kind, gold(examples), predicted, spec.positive, spec.ignore)
 
 
 def _item(example: Example) -> str | tuple[str, str]:

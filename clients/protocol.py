@@ -15,7 +15,7 @@ import numpy.typing as npt
 from clients.catalogue import Catalogue, read_catalogue, task_names
 from clients.results import Answer, Answers, Classification, Regression, Tagging
 from espalier import tagging
-from espalier.contract import ENSEMBLE, OFFSETS, HeadInfo, Kind, head_name
+from espalier.contract import ENSEMBLE, OFFSETS, HeadInfo, Kind, Structure, head_name
 from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
 
 Item = str | tuple[str, str]
@@ -172,7 +172,7 @@ def _ask(catalogue: Catalogue, batches: Sequence[_Batch], tasks: Sequence[str] |
 
 
 def parse(items: Sequence[Item], infos: Sequence[HeadInfo], reply: Mapping[str, Array]) -> list[Answers]:
-    """Read the answers to n `items` from the outputs: [n,C], [n,1] or [n,S,C] per task, and offsets [n,S,2]."""
+    """Read the answers to n `items` from the outputs: [n,C], [n,1], [n,S,C] or [n,S,2] per task, offsets [n,S,2]."""
     for info in infos:
         _check_shape(info, reply[info.task], len(items))
         if info.kind is Kind.TAGGING and reply[OFFSETS].shape != (*reply[info.task].shape[:2], 2):
@@ -181,11 +181,12 @@ def parse(items: Sequence[Item], infos: Sequence[HeadInfo], reply: Mapping[str, 
 
 
 def _check_shape(info: HeadInfo, output: Array, n: int) -> None:
-    width = 1 if info.kind is Kind.REGRESSION else len(info.labels)
-    dims = 3 if info.kind is Kind.TAGGING else 2
-    if output.ndim != dims or output.shape[0] != n or output.shape[-1] != width:
-        what = "one value" if info.kind is Kind.REGRESSION else f"{width} labels"
+    dims = info.output_dims
+    if output.ndim != 1 + len(dims) or output.shape[0] != n or output.shape[-1] != dims[-1]:
+        what = "one value" if info.kind is Kind.REGRESSION else f"{len(info.labels)} labels"
         raise _StaleError(f"{info.model} names {what}, but answers {n} items with shape {list(output.shape)}")
+    if info.structure is Structure.CRF and output[..., 0].max(initial=0) >= len(info.labels):
+        raise _StaleError(f"{info.model} names {len(info.labels)} labels, but answers with another")
 
 
 def _answer(item: Item, info: HeadInfo, row: int, reply: Mapping[str, Array]) -> Answer:
@@ -197,6 +198,9 @@ def _answer(item: Item, info: HeadInfo, row: int, reply: Mapping[str, Array]) ->
             return Classification(info.labels[best], float(values[best]), probabilities)
         case Kind.REGRESSION:
             return Regression(float(values[0]))
+        case Kind.TAGGING if info.structure is Structure.CRF:
+            words, spans, log_probability = tagging.decode_path(item, reply[OFFSETS][row], values, info.labels)
+            return Tagging(spans, words, log_probability)
         case Kind.TAGGING:
             words, spans = tagging.decode(item, reply[OFFSETS][row], values, info.labels)
             return Tagging(spans, words)

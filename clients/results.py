@@ -1,5 +1,6 @@
 """Typed answers. All are immutable; `to_dict` gives plain values for JSON."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,10 +36,20 @@ class Regression:
 
 @dataclass(frozen=True)
 class Tagging:
-    """The spans found in the text, and the label of every word (`tokens`)."""
+    """The spans found in the text, and the label of every word (`tokens`).
+
+    A task with a CRF chooses all labels together: `log_probability` is that of the whole path (natural logarithm), and
+    neither spans nor words have a probability of their own. Without one it is None.
+    """
 
     spans: tuple[Span, ...]
     tokens: tuple[TokenTag, ...]
+    log_probability: float | None = None
+
+    @property
+    def probability(self) -> float | None:
+        """Probability of all labels together, of a task with a CRF."""
+        return None if self.log_probability is None else math.exp(self.log_probability)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for JSON."""

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from espalier.contract import Kind
+from espalier.contract import Kind, Structure
+from espalier.crf import CRF
 from espalier.encoder import Base, EncoderConfig, Layer
 from espalier.errors import BranchError, FingerprintError
 from espalier.files import digest, whole_folder, write_whole
@@ -60,16 +61,17 @@ class Branch(nn.Module):
     """Task layers and an output layer: hidden state at the tap [B,S,H] → logits.
 
     Logits are [B,C] for classification, [B,1] for regression (both read the first token, [CLS]), and [B,S,C] for
-    tagging.
+    tagging, where a `crf` above them may choose the labels.
     """
 
-    def __init__(self, config: EncoderConfig, kind: Kind, layers: int, outputs: int) -> None:
+    def __init__(self, config: EncoderConfig, kind: Kind, layers: int, outputs: int, crf: CRF | None = None) -> None:
         super().__init__()
         self.config = config
         self.kind = kind
         self.layers = nn.ModuleList(Layer(config) for _ in range(layers))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.output = nn.Linear(config.hidden_size, outputs)
+        self.crf = crf
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the logits for hidden [B,S,H]; mask [B,S] is true for real tokens."""
@@ -80,9 +82,15 @@ class Branch(nn.Module):
         logits: Tensor = self.output(self.dropout(hidden))
         return logits
 
-    def answer(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return what the served head returns: probabilities, or the value itself for regression."""
+    def answer(self, hidden: Tensor, mask: Tensor, words: Tensor | None = None) -> Tensor:
+        """Return what the served head returns: probabilities, the value of a regression, or the path of a CRF.
+
+        `words` [B,S] is true for tokens that begin a word; a CRF needs it.
+        """
         logits = self(hidden, mask)
+        if self.crf is not None:
+            assert words is not None
+            return self.crf.answer(logits, words, mask)
         return logits if self.kind is Kind.REGRESSION else F.softmax(logits, dim=-1)
 
 
@@ -142,7 +150,9 @@ def load_branch(path: Path) -> tuple[Branch, BranchCard]:
     if digest(content) != card.weights:
         raise BranchError(f"{file} is damaged: its digest is not the one in {CARD_FILE}; copy or train it again")
     try:
-        branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, max(1, len(card.labels)))
+        outputs = max(1, len(card.labels))
+        crf = CRF(card.labels) if card.spec.structure is Structure.CRF else None
+        branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, outputs, crf)
         branch.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -225,16 +225,17 @@ def tasks(
         show.tasks(heads)
 
 
-@app.command(epilog="Example: `espalier evaluate sst2.yaml --url localhost:8001`")
+@app.command(epilog="Example: `espalier evaluate sst2.yaml --split test --url localhost:8001`")
 def evaluate(
     spec: Annotated[Path, typer.Argument(help="The task's spec file (YAML).")],
+    split: Annotated[Literal["dev", "test"], typer.Option(help="The split to score.")] = "dev",
     data: Data = None,
     url: Url = None,
     http: Http = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per request.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Score a deployed task on its dev split, through the server."""
+    """Score a deployed task on its dev or test split, through the server."""
     from espalier.spec import load_spec
 
     task = load_spec(spec, data)
@@ -242,12 +243,17 @@ def evaluate(
         from clients.evaluate import evaluate as score
     with connect(url, http, timeout=60.0) as client, _bar() as bar:
         row = bar.add_task(task.name, total=None, note="")
-        metrics = score(client, task, batch_size, lambda done, total: bar.update(row, completed=done, total=total))
-        offline = client.tasks()[task.name]
+
+        def report(done: int, total: int) -> None:
+            bar.update(row, completed=done, total=total)
+
+        metrics = score(client, task, batch_size, report, split)
+        head = client.tasks()[task.name]
     if as_json:
-        _print_json({"task": task.name, "served": metrics, "metric": offline.metric, "offline": offline.score})
+        offline = {"offline": head.score} if split == "dev" else {}
+        _print_json({"task": task.name, "split": split, "served": metrics, "metric": head.metric, **offline})
     else:
-        show.evaluation(task.name, metrics, offline)
+        show.evaluation(task.name, split, metrics, head)
 
 
 # --- shared by the commands and the demo ------------------------------------------------------------------------

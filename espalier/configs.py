@@ -20,6 +20,7 @@ from espalier.contract import (
     TOKENIZER,
     HeadInfo,
     Kind,
+    Structure,
     Target,
     TrunkInfo,
 )
@@ -93,24 +94,15 @@ def head_config(info: HeadInfo, target: Target) -> pb.ModelConfig:
     """Config of a head. One thread: a head is a few per cent of a trunk layer, and idle pools spin."""
     config = _onnx_config(info.model, "hidden", target, threads=1)
     _tensor(config.input.add(), "hidden", target.hidden_type, [-1, info.hidden_size], ragged=True)
-    _tensor(config.output.add(), info.kind.output, pb.TYPE_FP32, head_output_dims(info))
+    if info.structure is Structure.CRF:  # its chain runs over words, which it tells by the tokens
+        _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
+    _tensor(config.output.add(), info.output, pb.TYPE_FP32, info.output_dims)
     if info.kind is Kind.CLASSIFICATION:
         config.output[0].label_filename = LABELS_FILE
     if info.kind is Kind.TAGGING:
-        _scatter(config, info.kind.output, "hidden")
+        _scatter(config, info.output, "hidden")
     info.write_to(config)
     return config
-
-
-def head_output_dims(info: HeadInfo) -> list[int]:
-    """Return the dims of the head's output without the batch."""
-    match info.kind:
-        case Kind.CLASSIFICATION:
-            return [len(info.labels)]
-        case Kind.REGRESSION:
-            return [1]
-        case Kind.TAGGING:
-            return [-1, len(info.labels)]
 
 
 def ensemble_config(trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo]) -> pb.ModelConfig:
@@ -132,8 +124,11 @@ def ensemble_config(trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo]) -> pb
         inputs = ids if segment.start == 0 else {BELOW: f"_hidden_{segment.start}", "length": "_length"}
         step(segment.model, inputs, {"hidden": f"_hidden_{segment.stop}"})
     for head in sorted(heads, key=lambda head: head.task):
-        _tensor(config.output.add(), head.task, pb.TYPE_FP32, head_output_dims(head))
-        step(head.model, {"hidden": f"_hidden_{head.tap}", "length": "_length"}, {head.kind.output: head.task})
+        _tensor(config.output.add(), head.task, pb.TYPE_FP32, head.output_dims)
+        inputs = {"hidden": f"_hidden_{head.tap}", "length": "_length"}
+        if head.structure is Structure.CRF:
+            inputs["input_ids"] = ids["input_ids"]
+        step(head.model, inputs, {head.output: head.task})
     return config
 
 

@@ -45,10 +45,12 @@ class Kind(StrEnum):
     REGRESSION = "regression"  # a number for the text
     TAGGING = "tagging"  # one of C labels for every token
 
-    @property
-    def output(self) -> str:
-        """Name of the head's one output tensor."""
-        return "value" if self is Kind.REGRESSION else "probabilities"
+
+class Structure(StrEnum):
+    """How a tagging task chooses the labels of a text."""
+
+    SOFTMAX = "softmax"  # word by word, each with a probability
+    CRF = "crf"  # all together: the best path of a linear-chain CRF, with one probability for the path
 
 
 class Target(StrEnum):
@@ -84,7 +86,9 @@ class _Info(BaseModel):
         for key, field in cls.model_fields.items():
             if key in config.parameters:
                 raw = config.parameters[key].string_value
-                values[key] = raw if field.annotation in (str, Kind, Target) else _json(config.name, key, raw)
+                values[key] = (
+                    raw if field.annotation in (str, Kind, Structure, Target) else _json(config.name, key, raw)
+                )
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -130,6 +134,7 @@ class HeadInfo(_Info):
 
     task: str
     kind: Kind
+    structure: Structure = Structure.SOFTMAX  # of a tagging task
     tap: int = Field(ge=1)
     layers: int = Field(ge=0)
     hidden_size: int = Field(gt=0)
@@ -144,6 +149,28 @@ class HeadInfo(_Info):
     def model(self) -> str:
         """Name of the model folder."""
         return head_name(self.task)
+
+    @property
+    def output(self) -> str:
+        """Name of the head's one output tensor."""
+        if self.kind is Kind.REGRESSION:
+            return "value"
+        return "path" if self.structure is Structure.CRF else "probabilities"
+
+    @property
+    def output_dims(self) -> list[int]:
+        """Dims of that tensor without the batch.
+
+        A `path` [-1,2] has two numbers per token: the label (its index) of the word that begins there, or -1 where
+        none does; and the log-probability of the whole path, the same at every token of the text. Pads are 0.
+        """
+        match self.kind:
+            case Kind.CLASSIFICATION:
+                return [len(self.labels)]
+            case Kind.REGRESSION:
+                return [1]
+            case Kind.TAGGING:
+                return [-1, 2 if self.structure is Structure.CRF else len(self.labels)]
 
     @classmethod
     def read(cls, config: pb.ModelConfig) -> "HeadInfo":

@@ -14,6 +14,7 @@ from espalier.contract import (
     TASK_NAME,
     HeadInfo,
     Kind,
+    Structure,
     TrunkInfo,
     head_name,
 )
@@ -92,6 +93,8 @@ def check_head(config: pb.ModelConfig, trunk: Sequence[TrunkInfo]) -> HeadInfo:
         )
     if (info.kind is Kind.REGRESSION) == bool(info.labels):
         raise ContractError(f"{name}: a {info.kind} head has {len(info.labels)} labels")
+    if info.structure is Structure.CRF and info.kind is not Kind.TAGGING:
+        raise ContractError(f"{name}: a {info.kind} head has no CRF")
     expected = head_config(info, segment.target)
     for mode in ("input", "output"):
         want = {t.name: (t.data_type, list(t.dims)) for t in getattr(expected, mode)}

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from espalier.contract import HeadInfo
+from espalier.contract import HeadInfo, Structure
 
 if TYPE_CHECKING:
-    from clients import Answer, Answers
+    from clients import Answer, Answers, Span
     from espalier.branch import BranchCard
     from export.repository import Exported
     from serving.triton import TritonServer
@@ -65,7 +65,7 @@ def tasks(heads: Sequence[HeadInfo]) -> None:
     for head in sorted(heads, key=lambda head: head.task):
         table.add_row(
             head.task,
-            head.kind,
+            head.kind if head.structure is Structure.SOFTMAX else f"{head.kind} ({head.structure})",
             "pair" if head.pair else "one",
             str(head.tap),
             str(head.layers),
@@ -107,13 +107,19 @@ def _answer(answer: "Answer") -> str:
         first, *rest = [f"{escape(label)} {chance:.2f}" for label, chance in ranked[:3]]
         likely = [other for other, (_, chance) in zip(rest, ranked[1:], strict=False) if chance >= _CHANCE]
         return f"[bold]{first}[/]" + "".join(f"  [dim]{other}[/]" for other in likely)
-    spans = [f"[bold]{escape(span.label)}[/]={escape(repr(span.text))} {span.probability:.2f}" for span in answer.spans]
-    return ", ".join(spans) or "[dim]no spans[/]"
+    spans = [f"[bold]{escape(span.label)}[/]={escape(repr(span.text))}{_chance(span)}" for span in answer.spans]
+    path = "" if answer.probability is None else f"  [dim]path {answer.probability:.2f}[/]"
+    return (", ".join(spans) or "[dim]no spans[/]") + path
 
 
-def evaluation(task: str, served: dict[str, float], head: HeadInfo) -> None:
-    """Print served dev scores beside the offline one."""
-    table = Table("task", "metric", "served", "offline")
+def _chance(span: "Span") -> str:
+    return "" if span.probability is None else f" {span.probability:.2f}"
+
+
+def evaluation(task: str, split: str, served: dict[str, float], head: HeadInfo) -> None:
+    """Print the served scores on `split`, on dev beside the one that training computed."""
+    offline = {head.metric: f"{head.score:.4f}"} if split == "dev" else {}
+    table = Table("task", "split", "metric", "served", *(["offline"] if offline else []))
     for name, value in served.items():
-        table.add_row(task, name, f"{value:.4f}", f"{head.score:.4f}" if name == head.metric else "")
+        table.add_row(task, split, name, f"{value:.4f}", offline.get(name, ""))
     output.print(table)

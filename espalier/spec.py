@@ -9,6 +9,11 @@
       format: tsv
       train: glue/sst2/train.tsv  # relative to the spec file
       dev: glue/sst2/dev.tsv
+      test: glue/sst2/test.tsv    # optional; training reads neither its rows nor its labels
+
+A tagging task may have `structure: crf`: its labels are then chosen together, by a linear-chain CRF in which
+transitions against BIO or BIOES are impossible. It may also name types of slots that the metrics leave out:
+`ignore: [city]`.
 
 A new task is such a file and its data; no line of code.
 """
@@ -20,7 +25,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator, model_validator
 
-from espalier.contract import OFFSETS, TASK_NAME, Kind
+from espalier.contract import OFFSETS, TASK_NAME, Kind, Structure
 from espalier.errors import SpecError
 
 METRICS: dict[Kind, tuple[str, ...]] = {
@@ -41,6 +46,7 @@ class TableData(_Strict):
     format: Literal["tsv", "csv", "jsonl"]
     train: Path
     dev: Path
+    test: Path | None = None
     quoting: Literal["minimal", "none"] = Field(
         "minimal", description="none: a quote in a TSV or CSV field is an ordinary character, as in GLUE's own files"
     )
@@ -56,11 +62,13 @@ class LinesData(_Strict):
     format: Literal["lines"]
     train: dict[str, Path]
     dev: dict[str, Path]
+    test: dict[str, Path] | None = None
 
     @model_validator(mode="after")
     def _same_columns(self) -> Self:
-        if set(self.train) != set(self.dev):
-            raise ValueError(f"train has the columns {sorted(self.train)}, dev has {sorted(self.dev)}")
+        for name, split in (("dev", self.dev), ("test", self.test)):
+            if split is not None and set(self.train) != set(split):
+                raise ValueError(f"train has the columns {sorted(self.train)}, {name} has {sorted(split)}")
         return self
 
     @property
@@ -75,6 +83,7 @@ class ConllData(_Strict):
     format: Literal["conll"]
     train: Path
     dev: Path
+    test: Path | None = None
 
     @property
     def columns(self) -> set[str]:
@@ -91,6 +100,7 @@ class HubData(_Strict):
     revision: str | None = None
     train: str = "train"
     dev: str = "validation"
+    test: str | None = None
 
     @property
     def columns(self) -> None:
@@ -116,6 +126,8 @@ class TaskSpec(_Strict):
     labels: tuple[str, ...] | None = Field(None, description="order of the labels; default: sorted, from train alone")
     positive: str | None = Field(None, description="the label that F1 counts; needed by metric f1 alone")
     metric: str
+    structure: Structure = Structure.SOFTMAX
+    ignore: tuple[str, ...] = Field((), description="types of slots, or labels of such, that the metrics leave out")
     data: Data
 
     @field_validator("name")
@@ -157,6 +169,9 @@ class TaskSpec(_Strict):
             raise ValueError("a regression task has no labels; remove 'labels'")
         if self.kind is Kind.TAGGING and len(self.text) == 2:
             raise ValueError("a tagging task has one text column, not two")
+        if self.kind is not Kind.TAGGING and (self.structure is Structure.CRF or self.ignore):
+            field = "ignore" if self.ignore else "structure: crf"
+            raise ValueError(f"'{field}' is for tagging tasks; remove it from this {self.kind} task")
         if (self.metric == "f1") != (self.positive is not None):
             raise ValueError("metric f1 needs 'positive', the label that it counts, and no other metric has one")
         if self.labels is not None and self.positive is not None and self.positive not in self.labels:
@@ -178,7 +193,8 @@ class TaskSpec(_Strict):
 
         if isinstance(self.data, HubData):
             return self
-        splits = {split: changed(getattr(self.data, split)) for split in ("train", "dev")}
+        given = [split for split in ("train", "dev", "test") if getattr(self.data, split) is not None]
+        splits = {split: changed(getattr(self.data, split)) for split in given}
         return self.model_copy(update={"data": self.data.model_copy(update=splits)})
 
     @property

@@ -6,7 +6,7 @@ token, in training and in serving.
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,12 +25,15 @@ OUTSIDE = "O"
 
 @dataclass(frozen=True)
 class TokenTag:
-    """The label of one word: `label`, where the word is, and the label's probability."""
+    """The label of one word: `label`, where the word is, and the label's probability.
+
+    A CRF has none: it gives one probability, to the labels of all words together.
+    """
 
     label: str
     start: int  # characters of the text (of the sentence's own text for a pair)
     end: int
-    probability: float
+    probability: float | None
     sentence: int  # 0, or 1 for the second text of a pair
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,7 +49,7 @@ class Span:
     start: int  # characters, as in TokenTag
     end: int
     text: str
-    probability: float  # mean over the words
+    probability: float | None  # mean over the words; None as in TokenTag
     sentence: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +88,32 @@ def decode(
     `probabilities` is [S, C] with C labels. Labels are BIO or BIOES, read leniently as conlleval does: an inside
     label after anything but its own kind begins a span. A label without such a prefix, `O` aside, counts as inside.
     """
+
+    def best(token: int) -> tuple[str, float]:
+        label = int(probabilities[token].argmax())
+        return labels[label], float(probabilities[token, label])
+
+    return _decode(text, offsets, best)
+
+
+def decode_path(
+    text: Text, offsets: Offsets, path: npt.NDArray[np.floating[Any]], labels: Sequence[str]
+) -> tuple[tuple[TokenTag, ...], tuple[Span, ...], float]:
+    """Return the words with their labels, the spans, and the path's log-probability, from a CRF head's `path` [S, 2].
+
+    A word that the head did not take for one (a special token such as [SEP] in the middle of the text) is outside.
+    """
+
+    def chosen(token: int) -> tuple[str, None]:
+        label = int(path[token, 0])
+        return labels[label] if label >= 0 else OUTSIDE, None
+
+    return *_decode(text, offsets, chosen), float(path[0, 1])
+
+
+def _decode(
+    text: Text, offsets: Offsets, label_of: Callable[[int], tuple[str, float | None]]
+) -> tuple[tuple[TokenTag, ...], tuple[Span, ...]]:
     texts = _texts(text)
     words: list[TokenTag] = []
     begins = word_starts(text, offsets)
@@ -93,12 +122,40 @@ def decode(
             continue
         sentence, start, end = token
         if begins[index]:
-            best = int(probabilities[index].argmax())
-            words.append(TokenTag(labels[best], start, end, float(probabilities[index, best]), sentence))
+            label, probability = label_of(index)
+            words.append(TokenTag(label, start, end, probability, sentence))
         else:
             last = words[-1]
             words[-1] = TokenTag(last.label, last.start, max(last.end, end), last.probability, sentence)
     return tuple(words), tuple(_span(texts, kind, group) for kind, group in _groups(words))
+
+
+class Scheme:
+    """Which label may follow which, found from the labels themselves, type by type.
+
+    BIO: what continues a slot (I) follows a label of the same type. BIOES, known by the type's E: it follows B or I,
+    and B and I are followed by I or E. Where a type has no B (an IO scheme) its slots may begin with any label, and
+    labels without a prefix may stand anywhere.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        parsed = [parse(label) for label in labels]
+        self._begun = {name for prefix, name in parsed if prefix == "B"}
+        self._ended = {name for prefix, name in parsed if prefix == "E"}
+
+    def allows(self, before: str | None, after: str | None) -> bool:
+        """Tell whether the label `after` may follow `before`; None is where a text begins or ends."""
+        left, kind = parse(before or OUTSIDE)
+        right, name = parse(after or OUTSIDE)
+        goes_on = left in ("B", "I") and right in ("I", "E") and kind == name
+        if right in ("I", "E") and name in self._begun and not goes_on:
+            return False
+        return not (left in ("B", "I") and kind in self._ended and not goes_on)
+
+    def first_break(self, tags: Sequence[str]) -> int | None:
+        """Return the index of the first tag that may not stand where it does (len: the text may not end), or None."""
+        pairs = zip([None, *tags], [*tags, None], strict=True)
+        return next((index for index, (left, right) in enumerate(pairs) if not self.allows(left, right)), None)
 
 
 def _texts(text: Text) -> tuple[str, ...]:
@@ -159,7 +216,7 @@ def _groups(words: Sequence[TokenTag]) -> Iterator[tuple[str, list[TokenTag]]]:
     """Yield the type and the words of each span."""
     kind, group, open_ended = "", list[TokenTag](), False
     for word in words:
-        prefix, name = _parse(word.label)
+        prefix, name = parse(word.label)
         goes_on = (
             open_ended and prefix in ("I", "E") and name == kind and bool(group) and group[-1].sentence == word.sentence
         )
@@ -174,8 +231,8 @@ def _groups(words: Sequence[TokenTag]) -> Iterator[tuple[str, list[TokenTag]]]:
         yield kind, group
 
 
-def _parse(label: str) -> tuple[str, str]:
-    """Split a label in prefix and type."""
+def parse(label: str) -> tuple[str, str]:
+    """Split a label in prefix and type: B-city in B and city; city alone counts as inside, O has no type."""
     if label == OUTSIDE:
         return OUTSIDE, ""
     prefix, dash, name = label.partition("-")
@@ -184,5 +241,6 @@ def _parse(label: str) -> tuple[str, str]:
 
 def _span(texts: tuple[str, ...], kind: str, words: Sequence[TokenTag]) -> Span:
     start, end, sentence = words[0].start, words[-1].end, words[0].sentence
-    probability = sum(word.probability for word in words) / len(words)
+    known = [word.probability for word in words if word.probability is not None]
+    probability = sum(known) / len(known) if known else None
     return Span(kind, start, end, texts[sentence][start:end], probability, sentence)

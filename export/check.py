@@ -12,8 +12,10 @@ from torch import Tensor
 
 from espalier.branch import Branch
 from espalier.contract import BELOW, Kind, Target
+from espalier.crf import CRF
 from espalier.encoder import Encoder
 from espalier.errors import ExportError
+from export.viterbi import Words
 
 Array = npt.NDArray[Any]
 
@@ -89,6 +91,22 @@ def _difference(batch: Batch, got: Array, want: Tensor, per_token: bool) -> floa
     return float(np.abs(got.astype(np.float32) - reference).max(initial=0.0))
 
 
+def _path_difference(batch: Batch, got: Array, emissions: Tensor, crf: CRF, words: Tensor) -> float:
+    tokens = np.split(got, np.cumsum(batch.widths)[:-1])  # [width,2] by item
+    if any(np.any(item[length:]) for item, length in zip(tokens, batch.lengths, strict=True)):
+        return float("inf")  # pads must come out as zero
+    items = [torch.from_numpy(item[:length]) for item, length in zip(tokens, batch.lengths, strict=True)]
+    path = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)  # [B,S,2]
+    tags = path[..., 0].long()
+    if torch.any(((tags >= 0) != words) & batch.mask) or torch.any(tags >= emissions.shape[2]):
+        return float("inf")
+    chance, count = crf.log_likelihood(emissions, words, tags), words.sum(1).clamp(min=1)  # [B]
+    _, best = crf.viterbi(emissions, words)
+    told = ((path[..., 1] - chance[:, None]) * batch.mask).abs().amax(1)
+    missed = (best - crf.path_score(emissions, words, tags)).abs()
+    return float((torch.maximum(told, missed) / count).max())
+
+
 @torch.no_grad()
 def compare_segment(model: bytes, name: str, encoder: Encoder, start: int, stop: int, target: Target) -> float:
     """Compare a trunk segment with the encoder; return the largest difference, raise ExportError if it is too large."""
@@ -108,13 +126,26 @@ def compare_segment(model: bytes, name: str, encoder: Encoder, start: int, stop:
 
 
 @torch.no_grad()
-def compare_head(model: bytes, name: str, encoder: Encoder, branch: Branch, tap: int, target: Target) -> float:
-    """Compare a head with its branch on hidden states of the trunk; as `compare_segment`."""
+def compare_head(
+    model: bytes, name: str, encoder: Encoder, branch: Branch, tap: int, target: Target, words: Words | None = None
+) -> float:
+    """Compare a head with its branch on hidden states of the trunk; as `compare_segment`.
+
+    Of a CRF's path its log-probability is compared, and how much less the path scores in PyTorch than the best one,
+    both per word: where paths are nearly as good as one another either may be chosen.
+    """
     worst = 0.0
     config = encoder.config
     for batch in random_batches(config.vocab_size, config.type_vocab_size, config.max_position_embeddings):
         hidden = encoder(batch.input_ids, batch.token_type_ids, batch.mask, tap=tap)
-        got = _run(model, batch, {"hidden": _hidden(batch, hidden, target)}, item_dims=2)
+        inputs = {"hidden": _hidden(batch, hidden, target)}
+        if branch.crf is not None:
+            assert words is not None
+            got = _run(model, batch, {**inputs, "input_ids": batch.flat_ids}, item_dims=2)
+            begins = torch.from_numpy(words)[batch.input_ids] & batch.mask
+            worst = max(worst, _path_difference(batch, got, branch(hidden, batch.mask), branch.crf, begins))
+            continue
+        got = _run(model, batch, inputs, item_dims=2)
         want = branch.answer(hidden, batch.mask)
         worst = max(worst, _difference(batch, got, want, per_token=branch.kind is Kind.TAGGING))
     return _judge(name, worst, TOLERANCE[target])

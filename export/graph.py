@@ -4,6 +4,7 @@ Graphs are written operator by operator, not traced: equal branches give equal b
 by a tracer, and opset and IR version are exactly those that Triton's ONNX Runtime takes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,15 @@ IR_VERSION = 8  # the one that belongs to opset 17; ONNX Runtime 1.19 refuses ab
 
 
 class Graph:
-    """An ONNX graph that grows operator by operator; `dtype` is the type of its weights and hidden states."""
+    """An ONNX graph that grows operator by operator; `dtype` is the type of its weights and hidden states.
 
-    def __init__(self, name: str, dtype: type[np.floating[Any]]) -> None:
+    Names inside begin with `prefix`: those of a loop's body must differ from those around it, which it may also use.
+    """
+
+    def __init__(self, name: str, dtype: type[np.floating[Any]], prefix: str = "") -> None:
         self.name = name
         self.dtype = np.dtype(dtype)
+        self._prefix = prefix
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -35,11 +40,13 @@ class Graph:
 
     def input(self, name: str, data_type: int, shape: list[int | str]) -> str:
         """Declare a graph input; a string in `shape` names a variable dimension."""
+        name = self._prefix + name
         self._inputs.append(helper.make_tensor_value_info(name, data_type, shape))
         return name
 
     def output(self, name: str, value: str, data_type: int, shape: list[int | str]) -> None:
         """Declare `value` as the graph output `name`."""
+        name = self._prefix + name
         self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
         self._outputs.append(helper.make_tensor_value_info(name, data_type, shape))
 
@@ -49,7 +56,7 @@ class Graph:
 
     def ops(self, kind: str, count: int, *inputs: str, **attributes: Any) -> list[str]:
         """Add an operator with `count` outputs and return their names."""
-        node = f"{kind}_{len(self._nodes)}"
+        node = f"{self._prefix}{kind}_{len(self._nodes)}"
         outputs = [node] if count == 1 else [f"{node}_{i}" for i in range(count)]
         self._nodes.append(helper.make_node(kind, list(inputs), outputs, name=node, **attributes))
         return outputs
@@ -62,20 +69,21 @@ class Graph:
 
     def ints(self, *values: int) -> str:
         """Return a constant int64 vector."""
-        return self._constant(np.array(values, dtype=np.int64))
+        return self.constant(np.array(values, dtype=np.int64))
 
     def integer(self, value: int) -> str:
         """Return a constant int64 scalar."""
-        return self._constant(np.array(value, dtype=np.int64))
+        return self.constant(np.array(value, dtype=np.int64))
 
     def number(self, value: float) -> str:
         """Return a constant scalar in the graph's precision."""
-        return self._constant(np.array(value, dtype=self.dtype))
+        return self.constant(np.array(value, dtype=self.dtype))
 
-    def _constant(self, array: npt.NDArray[Any]) -> str:
+    def constant(self, array: npt.NDArray[Any]) -> str:
+        """Return a constant of the array's own type; equal ones are kept once."""
         key = (array.tobytes(), str(array.dtype), array.shape)
         if key not in self._small:
-            self._small[key] = f"const_{len(self._small)}"
+            self._small[key] = f"{self._prefix}const_{len(self._small)}"
             self._weights.append(numpy_helper.from_array(array, self._small[key]))
         return self._small[key]
 
@@ -107,11 +115,31 @@ class Graph:
         """Add a cast to the ONNX type `data_type`."""
         return self.op("Cast", x, to=data_type)
 
+    def body(self, name: str) -> "Graph":
+        """Return an empty graph for the body of a loop in this one."""
+        return Graph(name, self.dtype.type, prefix=f"{self._prefix}{name}.")
+
+    def scan(
+        self, body: "Graph", states: Sequence[str], sequences: Sequence[str], count: int, *, backwards: bool = False
+    ) -> list[str]:
+        """Add a loop of `body` over the first dimension of `sequences`; return its `count` outputs.
+
+        The body's inputs are the states and one row of each sequence; its outputs are the next states and rows, of
+        which the loop returns the last states and all rows stacked. Backwards, rows are read and written from the end.
+        """
+        return self.ops(
+            "Scan", count, *states, *sequences, body=body._proto(), num_scan_inputs=len(sequences),
+            scan_input_directions=[int(backwards)] * len(sequences),
+            scan_output_directions=[int(backwards)] * (count - len(states)),
+        )  # fmt: skip
+
+    def _proto(self) -> onnx.GraphProto:
+        return helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, self._weights)
+
     def serialize(self) -> bytes:
         """Return the checked model; equal graphs give equal bytes."""
-        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, self._weights)
         model = helper.make_model(
-            graph,
+            self._proto(),
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="espalier",
@@ -121,4 +149,4 @@ class Graph:
         return content
 
 
-INT32, INT64, FLOAT = TensorProto.INT32, TensorProto.INT64, TensorProto.FLOAT
+BOOL, INT32, INT64, FLOAT = TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto.FLOAT

@@ -10,6 +10,7 @@ from espalier.encoder import Encoder
 from export.graph import FLOAT, INT64, Graph
 from export.layers import folded_layer, packed_layer
 from export.ragged import Layout, declare, scatter
+from export.viterbi import Words, best_path
 
 
 def precision(target: Target) -> type[np.floating[Any]]:
@@ -42,11 +43,12 @@ def segment_model(encoder: Encoder, start: int, stop: int, target: Target) -> by
     return graph.serialize()
 
 
-def head_model(branch: Branch, task: str, target: Target) -> bytes:
+def head_model(branch: Branch, task: str, target: Target, words: Words | None = None) -> bytes:
     """Return the ONNX of a branch. Of a sentence head the last layer is folded; a tagging head has none to fold.
 
     Inputs: `hidden` [P·H], `length` [B,1], `shape` [B,2]. Output, always FP32: `probabilities` [B,C], `value` [B,1],
-    or for tagging `probabilities` [P,C].
+    or for tagging `probabilities` [P,C]. With a CRF there is one more input, `input_ids` [P], and the output is `path`
+    [P,2]; it needs `words`, the tokens that begin one (see export.viterbi).
     """
     graph = Graph(f"head_{task}", precision(target))
     layout = declare(graph, item_dims=2)
@@ -64,14 +66,17 @@ def head_model(branch: Branch, task: str, target: Target) -> bytes:
             hidden = folded_layer(graph, f"layers.{len(full)}", layers[-1], hidden, starts, layout)  # [B,H]
         else:
             hidden = graph.op("Gather", hidden, starts, axis=0)
-    answer = graph.linear("output", hidden, branch.output)
-    width = branch.output.out_features
-    answer = graph.cast(answer, FLOAT)
-    if branch.kind is not Kind.REGRESSION:
-        answer = graph.op("Softmax", answer, axis=-1)
+    if branch.crf is not None:
+        assert words is not None
+        ids = graph.input("input_ids", INT64, ["tokens"])
+        answer, name, width = best_path(graph, branch.crf, branch.output, words, hidden, ids, layout), "path", 2
+    else:
+        answer, name = graph.cast(graph.linear("output", hidden, branch.output), FLOAT), "value"
+        width = branch.output.out_features
+        if branch.kind is not Kind.REGRESSION:
+            answer, name = graph.op("Softmax", answer, axis=-1), "probabilities"
     if tagging:
         answer = scatter(graph, layout, answer, rows, width, zero=graph.cast(graph.number(0.0), FLOAT))
-    name = branch.kind.output
     graph.output(name, answer, FLOAT, ["tokens" if tagging else "items", width])
     return graph.serialize()
 

@@ -20,6 +20,7 @@ class Layout:
     packed_starts: str  # [B] the same among the packed tokens
     valid: str  # [B,S] whether the item has such a token
     steps: str  # [S] 0, 1, …
+    item: str  # [T] index of each packed token's item
     source: str  # [T] position of each packed token in the flat input
     position: str  # [T] position of each packed token in its item
     flat: str  # [T] position of each packed token in the flattened grid [B·S]
@@ -47,6 +48,7 @@ def declare(graph: Graph, item_dims: int) -> Layout:
         packed_starts=g.op("CumSum", lengths, g.integer(0), exclusive=1),
         valid=valid,
         steps=steps,
+        item=item,
         source=g.op("Add", g.op("Gather", starts, item), position),
         position=position,
         flat=g.op("Add", g.op("Mul", item, longest), position),

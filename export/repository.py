@@ -34,6 +34,7 @@ from espalier.files import whole_folder, write_whole
 from espalier.repository import Repository, check_head
 from export.check import compare_head, compare_segment
 from export.models import head_model, segment_model
+from export.viterbi import word_table
 
 VERSION = "1"
 
@@ -189,6 +190,7 @@ class _Export:
         return HeadInfo(
             task=card.spec.name,
             kind=card.spec.kind,
+            structure=card.spec.structure,
             tap=card.tap,
             layers=card.layers,
             hidden_size=self.base.config.hidden_size,
@@ -224,14 +226,16 @@ class _Export:
         )
 
     def _head(self, branch: Branch, info: HeadInfo) -> None:
-        model = head_model(branch, info.task, self.target)
+        encoder = self.base.encoder
+        words = None if branch.crf is None else word_table(self.base.tokenizer, encoder.config.vocab_size)
+        model = head_model(branch, info.task, self.target, words)
         content = {CONFIG_FILE: render(head_config(info, self.target)).encode(), f"{VERSION}/{MODEL_FILE}": model}
         if info.labels:
             content[LABELS_FILE] = "".join(f"{label}\n" for label in info.labels).encode()
         self._put(
             head_name(info.task),
             content,
-            lambda: compare_head(model, info.model, self.base.encoder, branch, info.tap, self.target),
+            lambda: compare_head(model, info.model, encoder, branch, info.tap, self.target, words),
         )
 
     def _put(self, name: str, content: dict[str, bytes], check: Callable[[], float] | None = None) -> None:

@@ -5,15 +5,17 @@ Every problem is a DataError that says file, line and what.
 
 import csv
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.contract import Kind
-from espalier.errors import DataError
+from espalier.contract import Kind, Structure
+from espalier.errors import DataError, SpecError
 from espalier.files import digest
 from espalier.spec import ConllData, HubData, LinesData, TableData, TaskSpec
+from espalier.tagging import Scheme, parse
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Both splits of a task and its labels (empty for regression)."""
+    """What a training reads of a task: two splits, and the labels (empty for regression)."""
 
     train: list[Example]
     dev: list[Example]
@@ -44,7 +46,7 @@ class TaskData:
 
 
 def load_data(spec: TaskSpec, max_train: int | None = None) -> TaskData:
-    """Read and check both splits of `spec`; `max_train` keeps the first so many training rows.
+    """Read and check train and dev of `spec`; `max_train` keeps the first so many training rows.
 
     Labels come from train alone; one that only dev has is an error that names it.
     """
@@ -54,11 +56,17 @@ def load_data(spec: TaskSpec, max_train: int | None = None) -> TaskData:
     dev = load_split(spec, "dev")
     if spec.kind is Kind.REGRESSION:
         return TaskData(train, dev, ())
-    return TaskData(train, dev, _labels(spec, train, dev))
+    labels = _labels(spec, train, dev)
+    check_ignored(spec, labels)
+    if spec.structure is Structure.CRF:
+        _check_scheme(spec, train, labels)
+    return TaskData(train, dev, labels)
 
 
 def load_split(spec: TaskSpec, split: str) -> list[Example]:
-    """Read and check the split `train` or `dev` of `spec`."""
+    """Read and check the split `train`, `dev` or `test` of `spec`."""
+    if getattr(spec.data, split) is None:
+        raise SpecError(f"task {spec.name}: the spec names no {split} split; add '{split}' to its data")
     examples = [_example(spec, row, where) for row, where in _rows(spec, split)]
     if not examples:
         raise DataError(f"task {spec.name}: the {split} split has no rows ({_source(spec, split)})")
@@ -88,6 +96,32 @@ def _labels(spec: TaskSpec, train: Sequence[Example], dev: Sequence[Example]) ->
     if len(seen) < 2:
         raise DataError(f"task {spec.name}: train has the single label {next(iter(seen))!r}; nothing can be learnt")
     return spec.labels or tuple(sorted(seen))
+
+
+def check_ignored(spec: TaskSpec, labels: Sequence[str]) -> None:
+    """Raise SpecError if the spec ignores a slot that is none of `labels`."""
+    types = {parse(label)[1] for label in labels} - {""}
+    for name in spec.ignore:
+        if parse(name)[1] not in types:
+            raise SpecError(
+                f"task {spec.name}: 'ignore' names {name!r}, which no label of train has; its slots are {sorted(types)}"
+            )
+
+
+def _check_scheme(spec: TaskSpec, train: Sequence[Example], labels: Sequence[str]) -> None:
+    """Raise DataError if a row of train has tags that the CRF would hold to be impossible."""
+    scheme = Scheme(labels)
+    broken = []
+    for row, example in enumerate(train, start=1):
+        assert isinstance(example.label, tuple)
+        if (at := scheme.first_break(example.label)) is not None:
+            left, right = ("its beginning", *example.label)[at], (*example.label, "its end")[at]
+            broken.append(f"row {row}, {textwrap.shorten(example.texts[0], 80)!r}, where {left} is followed by {right}")
+    if broken:
+        raise DataError(
+            f"task {spec.name}: {len(broken)} of {len(train)} rows of train break the scheme (BIO or BIOES) of their "
+            f"labels, the first of them {broken[0]}; mend them, or use structure: softmax"
+        )
 
 
 def _used(examples: Sequence[Example]) -> set[str]:

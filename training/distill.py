@@ -3,7 +3,8 @@
 The student keeps the teacher's tap and starts from the teacher's bottommost task layers and its output layer, or from
 the base's own layers at that depth and a fresh output layer. Loss:
 T²·KL(teacher ‖ student) at temperature T plus the hard loss, in equal parts; for regression the squared distance to
-the teacher's value plus that to the label; for tagging per token.
+the teacher's value plus that to the label; for tagging per token. A student with a CRF starts from the teacher's
+CRF, too; its soft loss compares the emissions, word by word, its hard loss is the CRF's.
 """
 
 from enum import StrEnum
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import set_seed
 
 from espalier.branch import Branch, BranchCard, check_trunk, load_branch
-from espalier.contract import Kind
+from espalier.contract import Kind, Structure
+from espalier.crf import CRF
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
 from espalier.spec import TaskSpec
@@ -82,6 +84,11 @@ def distill(
     spec = spec or card.spec
     if (spec.name, spec.kind) != (card.spec.name, card.spec.kind):
         raise SpecError(f"the spec is of task {spec.name!r} ({spec.kind}), the teacher of {card.spec.name!r}")
+    if spec.structure is not card.spec.structure:
+        raise SpecError(
+            f"the spec has structure: {spec.structure}, the teacher was trained with {card.spec.structure}; "
+            "train a teacher with the spec's, or take the teacher's"
+        )
     if not 0 < layers < card.layers:
         raise BranchError(f"{teacher_path} has {card.layers} layers; a student has fewer, but at least 1, not {layers}")
     out = out.resolve()
@@ -99,13 +106,16 @@ def distill(
         return student_card, False
 
     set_seed(arguments.seed)
-    student = new_branch(base, spec.kind, card.tap, layers, len(card.labels))
+    crf = CRF(card.labels) if spec.structure is Structure.CRF else None
+    student = new_branch(base, spec.kind, card.tap, layers, len(card.labels), crf)
     if init is Init.TEACHER:
         student.layers.load_state_dict(teacher.layers[:layers].state_dict())
         student.output.load_state_dict(teacher.output.state_dict())
+        if crf is not None and teacher.crf is not None:
+            crf.load_state_dict(teacher.crf.state_dict())
 
     def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
-        hard = hard_loss(spec.kind, logits, labels)
+        hard = hard_loss(spec.kind, logits, labels, crf)
         # dev batches have no teacher logits: their loss is only reported
         return hard if target is None else hard + soft_loss(spec.kind, logits, labels, target)
 

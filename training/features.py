@@ -29,9 +29,10 @@ def encode(tokenizer_json: str, max_length: int, examples: Sequence[Example]) ->
 def featurize(
     kind: Kind, labels: Sequence[str], tokenizer_json: str, max_length: int, examples: Sequence[Example]
 ) -> list[dict[str, Any]]:
-    """Return one feature dict per example: input_ids, token_type_ids, labels and, for tagging, word_tokens.
+    """Return one feature dict per example: input_ids, token_type_ids, labels and, for tagging, words and word_tokens.
 
-    `word_tokens[i]` is the index of the first token of word i, or -1 where truncation or the tokenizer left none.
+    `words[t]` tells whether token t begins a word as the tokenizer cuts them; `word_tokens[i]` is the index of the
+    first token of word i of the data, or -1 where truncation or the tokenizer left none.
     """
     index = {label: position for position, label in enumerate(labels)}
     features = []
@@ -43,19 +44,21 @@ def featurize(
             case Kind.REGRESSION:
                 feature["labels"] = example.label
             case Kind.TAGGING:
-                feature["labels"], feature["word_tokens"] = _align(example, encoding, index)
+                feature["words"] = word_starts(example.texts[0], encoding.offsets)
+                feature["labels"], feature["word_tokens"] = _align(example, encoding, feature["words"], index)
         features.append(feature)
     return features
 
 
-def _align(example: Example, encoding: Encoding, index: dict[str, int]) -> tuple[list[int], list[int]]:
+def _align(
+    example: Example, encoding: Encoding, starts: Sequence[bool], index: dict[str, int]
+) -> tuple[list[int], list[int]]:
     """Give each word's tag to the tokens of that word.
 
     A word of the data ("what's") may be several words to the tokenizer ("what", "'", "s"): its tag is spread over
     them. Further pieces of one of the tokenizer's words are left out of the loss, and are not read when served.
     """
     assert isinstance(example.label, tuple)
-    starts = word_starts(example.texts[0], encoding.offsets)
     labels = [IGNORED] * len(encoding.ids)
     firsts = []
     position = 0
@@ -91,7 +94,7 @@ def spread(tag: str, parts: int) -> list[str]:
 
 
 def collate(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad a batch to its own longest: input_ids, token_type_ids and mask [B,S]; labels [B] or [B,S].
+    """Pad a batch to its own longest: input_ids, token_type_ids and mask [B,S]; labels [B], or labels and words [B,S].
 
     With activations attached (see training.activations) also hidden [B,S,H].
     """
@@ -106,6 +109,8 @@ def collate(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     first = features[0]["labels"]
     if isinstance(first, list):
         batch["labels"] = pad("labels", IGNORED)
+        if "words" in features[0]:
+            batch["words"] = pad("words", False)
     else:
         batch["labels"] = torch.tensor([feature["labels"] for feature in features])
     if "hidden" in features[0]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from espalier.branch import Branch, BranchCard
-from espalier.contract import Kind
+from espalier.contract import Kind, Structure
+from espalier.crf import CRF
 from espalier.encoder import Base
 from espalier.errors import SpecError
 from espalier.files import digest
@@ -44,17 +45,22 @@ def train(
         return card, False
 
     set_seed(arguments.seed)
-    branch = new_branch(base, spec.kind, tap, layers, len(data.labels))
+    crf = CRF(data.labels) if spec.structure is Structure.CRF else None
+    branch = new_branch(base, spec.kind, tap, layers, len(data.labels), crf)
+
+    def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
+        return hard_loss(spec.kind, logits, labels, crf)
+
     with workshop(out, inputs) as work:
         return fit(
             spec=spec, data=data, base=base, tap=tap, branch=branch, arguments=arguments, inputs=inputs, work=work,
-            out=out, report=report, cache=cache, loss=lambda logits, labels, _: hard_loss(spec.kind, logits, labels),
+            out=out, report=report, cache=cache, loss=loss,
         ), True  # fmt: skip
 
 
-def new_branch(base: Base, kind: Kind, tap: int, layers: int, labels: int) -> Branch:
-    """Return a branch whose layers are the base's own above `tap`, with a fresh output layer."""
-    branch = Branch(base.config, kind, layers, max(1, labels))
+def new_branch(base: Base, kind: Kind, tap: int, layers: int, labels: int, crf: CRF | None = None) -> Branch:
+    """Return a branch whose layers are the base's own above `tap`, with a fresh output layer and a fresh `crf`."""
+    branch = Branch(base.config, kind, layers, max(1, labels), crf)
     for own, theirs in zip(branch.layers, base.encoder.layers[tap : tap + layers], strict=True):
         own.load_state_dict(theirs.state_dict())
     nn.init.normal_(branch.output.weight, std=0.02)  # BERT's own initialisation
@@ -76,8 +82,16 @@ def inputs_digest(
     return digest(RECIPE, plain, data.digest(), base.name, base.revision, start, numbers)
 
 
-def hard_loss(kind: Kind, logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy against labels [B] or [B,S] (IGNORED left out), or mean squared error for regression."""
+def hard_loss(kind: Kind, logits: Tensor, labels: Tensor, crf: CRF | None = None) -> Tensor:
+    """Cross-entropy against labels [B] or [B,S] (IGNORED left out), or mean squared error for regression.
+
+    With a `crf` the negative log-likelihood of the labels' paths. It is a mean over the words, not over the items, so
+    that it is as large as the cross-entropy of the same words: learning rates carry over, and in distillation it
+    weighs the same beside the soft loss.
+    """
     if kind is Kind.REGRESSION:
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+    if crf is not None:
+        words = labels != IGNORED
+        return -crf.log_likelihood(logits, words, labels).sum() / words.sum().clamp(min=1)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)

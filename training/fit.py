@@ -32,6 +32,9 @@ from training.data import TaskData
 from training.features import collate, featurize
 from training.metrics import decode, gold, score
 
+CRF_RATE = 100
+"""Learning rate of a CRF's transitions, in those of the layers: they begin at zero and have to reach a few units."""
+
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "espalier")
 
 
@@ -136,13 +139,16 @@ class _Model(nn.Module):
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor, labels: Tensor,
-        hidden: Tensor | None = None, teacher_logits: Tensor | None = None,
+        hidden: Tensor | None = None, teacher_logits: Tensor | None = None, words: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         if hidden is None:
             with torch.no_grad():
                 hidden = self._frozen[0](input_ids, token_type_ids, mask, tap=self._tap)  # [B,S,H]
         logits = self.branch(hidden, mask)
-        return {"loss": self._loss(logits, labels, teacher_logits), "logits": logits}
+        loss = self._loss(logits, labels, teacher_logits)
+        if not self.training and self.branch.crf is not None and words is not None:
+            logits = self.branch.crf.answer(logits, words, mask)  # dev is scored by the paths that will be served
+        return {"loss": loss, "logits": logits}
 
 
 def fit(
@@ -168,8 +174,8 @@ def fit(
     fingerprint = base.fingerprint(tap)
 
     def metrics(prediction: EvalPrediction | PredictionOutput) -> dict[str, float]:
-        answers = decode(spec.kind, data.labels, prediction.predictions, splits["dev"])
-        return score(spec.kind, gold(data.dev), answers, spec.positive)
+        answers = decode(spec.kind, data.labels, prediction.predictions, splits["dev"], spec.structure)
+        return score(spec.kind, gold(data.dev), answers, spec.positive, spec.ignore)
 
     transformers.logging.set_verbosity_error()
     options = TrainingArguments(
@@ -286,6 +292,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def _get_eval_sampler(self, dataset: Any) -> SequentialSampler:
         # With group_by_length the Trainer reorders dev as well, but answers are scored in dev's own order.
         return SequentialSampler(dataset)
+
+    def create_optimizer(self, *arguments: Any) -> Any:
+        optimizer = super().create_optimizer(*arguments)
+        if (crf := self.model.branch.crf) is not None:
+            own = list(crf.parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if not any(p is other for other in own)]
+            rate = self.args.learning_rate * CRF_RATE
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # What a full disk raises depends on the library that writes: OSError, SafetensorError, or torch's RuntimeError.

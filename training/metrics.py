@@ -12,16 +12,19 @@ from seqeval.metrics import precision_score as slot_precision
 from seqeval.metrics import recall_score as slot_recall
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from espalier.contract import Kind
-from espalier.tagging import OUTSIDE
+from espalier.contract import Kind, Structure
+from espalier.tagging import OUTSIDE, parse
 from training.data import Example
 
 
-def score(kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: str | None = None) -> dict[str, float]:
+def score(
+    kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: str | None = None, ignore: Sequence[str] = ()
+) -> dict[str, float]:
     """Score `predicted` against `gold`, in order.
 
     Classification takes labels, regression numbers, tagging one list of tags per text. Correlations with a
     constant, or of a single text, are undefined and count as 0. `positive` is the label whose F1 is reported as `f1`.
+    Slots of the types in `ignore` (a label stands for its type) are left out of gold and predictions alike.
     """
     match kind:
         case Kind.CLASSIFICATION:
@@ -43,6 +46,7 @@ def score(kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: s
                     for name, correlation in (("pearson", pearsonr), ("spearman", spearmanr))
                 }
         case Kind.TAGGING:
+            gold, predicted = (_without(tags, ignore) for tags in (gold, predicted))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*seems not to be NE tag")
                 scores = {
@@ -53,13 +57,21 @@ def score(kind: Kind, gold: Sequence[Any], predicted: Sequence[Any], positive: s
     return {name: 0.0 if math.isnan(value) else float(value) for name, value in scores.items()}
 
 
+def _without(texts: Sequence[Sequence[str]], ignore: Sequence[str]) -> list[list[str]]:
+    types = {parse(name)[1] for name in ignore}
+    return [[OUTSIDE if parse(tag)[1] in types else tag for tag in tags] for tags in texts]
+
+
 def gold(examples: list[Example]) -> list[Any]:
     """Return the gold answers in the form that `score` takes."""
     return [list(example.label) if isinstance(example.label, tuple) else example.label for example in examples]
 
 
-def decode(kind: Kind, labels: tuple[str, ...], logits: npt.NDArray[Any], features: list[dict[str, Any]]) -> list[Any]:
-    """Turn logits ([N,C], [N,1] or [N,S,C]) into the answers that `score` takes.
+def decode(
+    kind: Kind, labels: tuple[str, ...], logits: npt.NDArray[Any], features: list[dict[str, Any]],
+    structure: Structure = Structure.SOFTMAX,
+) -> list[Any]:  # fmt: skip
+    """Turn logits ([N,C], [N,1] or [N,S,C]), or the paths of a CRF [N,S,2], into the answers that `score` takes.
 
     A word's tag is that of its first token; a word without a token is outside every slot.
     """
@@ -69,7 +81,7 @@ def decode(kind: Kind, labels: tuple[str, ...], logits: npt.NDArray[Any], featur
         case Kind.REGRESSION:
             return [float(value) for value in logits[:, 0]]
         case Kind.TAGGING:
-            best = logits.argmax(-1)
+            best = logits[..., 0].astype(int) if structure is Structure.CRF else logits.argmax(-1)
             return [
                 [labels[best[row, token]] if token >= 0 else OUTSIDE for token in feature["word_tokens"]]
                 for row, feature in enumerate(features)

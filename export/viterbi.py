@@ -1,0 +1,124 @@
+"""A CRF's best path as ONNX operators.
+
+One loop over the words forwards does Viterbi and the sum over all paths at once, one backwards follows the pointers.
+
+The chain runs over the words, the tokens being told apart by a table over the vocabulary. All of it is FP32, whatever
+the precision of the head. Sizes as in `export.ragged`, and: N words of the batch, W words of its longest item,
+C labels.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from torch import nn
+
+from espalier.crf import CRF, NO_WORD
+from espalier.errors import ExportError
+from export.graph import BOOL, FLOAT, INT64, Graph
+from export.ragged import Layout, grid
+
+Words = npt.NDArray[np.bool_]
+"""[V]: whether a token of the vocabulary begins a word."""
+
+
+def word_table(tokenizer_json: str, vocabulary: int) -> Words:
+    """Return which of `vocabulary` token ids begin a word: all but WordPiece's continuations and special tokens.
+
+    For BERT's tokens in a text these are the word starts of espalier.tagging. Special tokens are those that the
+    tokenizer itself puts around texts. Raises ExportError if the tokenizer is not WordPiece.
+    """
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
+    if type(tokenizer.model).__name__ != "WordPiece" or not prefix:
+        raise ExportError(
+            f"a head with a CRF needs a WordPiece tokenizer, whose tokens tell where words begin; the base's is "
+            f"{type(tokenizer.model).__name__}: train the task with structure: softmax"
+        )
+    tokenizer.no_padding()
+    table = np.ones(vocabulary, bool)
+    for token, index in tokenizer.get_vocab().items():
+        if token.startswith(prefix) and index < vocabulary:
+            table[index] = False
+    table[tokenizer.encode("", "").ids] = False
+    return table
+
+
+def best_path(graph: Graph, crf: CRF, output: nn.Linear, words: Words, hidden: str, ids: str, layout: Layout) -> str:
+    """Add the best paths for packed hidden states [T,H] and flat input_ids [P]; return [T,2] as HeadInfo tells it."""
+    g = graph
+    start, transitions, end = (scores.detach().cpu().numpy() for scores in crf.scores())
+    begins = g.op("Gather", g.constant(words), g.op("Gather", ids, layout.source, axis=0), axis=0)  # [T]
+    cells = grid(g, layout, layout.packed_starts)  # [B,S]
+    marks = g.op("And", g.op("Gather", begins, cells, axis=0), layout.valid)  # [B,S]
+    number = g.cast(marks, INT64)
+    counts = g.op("ReduceSum", number, g.ints(1), keepdims=0)  # [B] words of each item
+    rank = g.op("CumSum", number, g.integer(1), exclusive=1)  # [B,S] words before each token
+    where = g.op("Transpose", g.op("NonZero", marks), perm=[1, 0])  # [N,2] item and position
+    token = g.op("GatherND", cells, where)  # [N] packed token of each word
+    item = g.op("Gather", where, g.ints(0), axis=1)  # [N,1]
+    place = g.op("Concat", g.op("Unsqueeze", g.op("GatherND", rank, where), g.ints(1)), item, axis=1)  # [N,2]
+
+    emissions = g.cast(g.linear("output", g.op("Gather", hidden, token, axis=0), output), FLOAT)  # [N,C]
+    longest = g.op("Max", g.op("ReduceMax", counts, keepdims=0), g.integer(1))
+    steps = g.op("Unsqueeze", g.op("Range", g.integer(0), longest, g.integer(1)), g.ints(1))  # [W,1]
+    size = g.op("Concat", g.op("Unsqueeze", longest, g.ints(0)), g.op("Shape", counts), g.ints(len(start)), axis=0)
+    room = g.op("Expand", _single(g, 0.0), size)  # [W,B,C]
+    emissions = g.op("ScatterND", room, place, emissions)
+    # The first word is in the states that the loop begins with; an item that is over keeps them.
+    moves = g.op("And", g.op("Less", steps, counts), g.op("Greater", steps, g.integer(0)))  # [W,B]
+
+    first = g.op("Add", g.op("Gather", emissions, g.integer(0), axis=0), g.constant(start))  # [B,C]
+    best, total, pointers = g.scan(_forwards(g, transitions), [first, first], [emissions, moves], 3)
+    ends = g.op("Add", best, g.constant(end))
+    last = g.op("ArgMax", ends, axis=1, keepdims=0)  # [B]
+    everything = g.op("ReduceLogSumExp", g.op("Add", total, g.constant(end)), axes=[1], keepdims=0)
+    chance = g.op("Sub", g.op("ReduceMax", ends, axes=[1], keepdims=0), everything)  # [B]
+    chance = g.op("Where", g.op("Greater", counts, g.integer(0)), chance, _single(g, 0.0))
+    _, path = g.scan(_backwards(g), [last], [pointers], 2, backwards=True)  # [W,B]
+
+    labels = g.cast(g.op("GatherND", path, place), FLOAT)  # [N]
+    none = g.op("Expand", _single(g, NO_WORD), g.op("Shape", layout.source))  # [T]
+    column = g.op("ScatterND", none, g.op("Unsqueeze", token, g.ints(1)), labels)
+    columns = (g.op("Unsqueeze", values, g.ints(1)) for values in (column, g.op("Gather", chance, layout.item, axis=0)))
+    return g.op("Concat", *columns, axis=1)
+
+
+def _single(graph: Graph, value: float) -> str:
+    """Return a scalar in FP32, also in a graph of FP16."""
+    return graph.constant(np.array(value, np.float32))
+
+
+def _forwards(graph: Graph, transitions: npt.NDArray[np.float32]) -> Graph:
+    """Return the loop body that takes one word more: (best, total [B,C]), (emissions [B,C], moves [B])."""
+    g = graph.body("forwards")
+    labels = len(transitions)
+    shape: list[int | str] = ["items", labels]
+    best, total = g.input("best", FLOAT, shape), g.input("total", FLOAT, shape)
+    emission, moves = g.input("emission", FLOAT, shape), g.input("moves", BOOL, ["items"])
+    steps = g.constant(np.ascontiguousarray(transitions.T)[None])  # [1,C,C], to and from: reduced along memory
+    on = g.op("Unsqueeze", moves, g.ints(1))  # [B,1]
+
+    def longer(paths: str) -> str:
+        return g.op("Add", g.op("Unsqueeze", paths, g.ints(1)), steps)  # [B,C,C]
+
+    def kept(now: str, before: str) -> str:
+        return g.op("Where", on, now, before)
+
+    by_best = longer(best)
+    reached = g.op("Add", g.op("ReduceMax", by_best, axes=[2], keepdims=0), emission)
+    summed = g.op("Add", g.op("ReduceLogSumExp", longer(total), axes=[2], keepdims=0), emission)
+    pointer = kept(g.op("ArgMax", by_best, axis=2, keepdims=0), g.constant(np.arange(labels)[None]))
+    g.output("next_best", kept(reached, best), FLOAT, shape)
+    g.output("next_total", kept(summed, total), FLOAT, shape)
+    g.output("pointer", pointer, INT64, shape)
+    return g
+
+
+def _backwards(graph: Graph) -> Graph:
+    """Return the loop body that goes one word back: label [B] of this word, pointers [B,C] to the word before."""
+    g = graph.body("backwards")
+    label, pointer = g.input("label", INT64, ["items"]), g.input("pointer", INT64, ["items", "labels"])
+    before = g.op("GatherElements", pointer, g.op("Unsqueeze", label, g.ints(1)), axis=1)
+    g.output("label_before", g.op("Squeeze", before, g.ints(1)), INT64, ["items"])
+    g.output("label_here", label, INT64, ["items"])
+    return g
