@@ -1,6 +1,7 @@
 """A CRF's best path as ONNX operators.
 
-One loop over the words forwards does Viterbi and the sum over all paths at once, one backwards follows the pointers.
+One loop over the words forwards does Viterbi and the sum over all paths at once, one backwards reads the best path
+from what the first kept.
 
 The chain runs over the words, the tokens being told apart by a table over the vocabulary. All of it is FP32, whatever
 the precision of the head. Sizes as in `export.ragged`, and: N words of the batch, W words of its longest item,
@@ -19,6 +20,8 @@ from export.ragged import Layout, grid
 
 Words = npt.NDArray[np.bool_]
 """[V]: whether a token of the vocabulary begins a word."""
+
+Scores = npt.NDArray[np.float32]
 
 
 def word_table(tokenizer_json: str, vocabulary: int) -> Words:
@@ -68,13 +71,13 @@ def best_path(graph: Graph, crf: CRF, output: nn.Linear, words: Words, hidden: s
     moves = g.op("And", g.op("Less", steps, counts), g.op("Greater", steps, g.integer(0)))  # [W,B]
 
     first = g.op("Add", g.op("Gather", emissions, g.integer(0), axis=0), g.constant(start))  # [B,C]
-    best, total, pointers = g.scan(_forwards(g, transitions), [first, first], [emissions, moves], 3)
+    best, total, before = g.scan(_forwards(g, transitions), [first, first], [emissions, moves], 3)
     ends = g.op("Add", best, g.constant(end))
     last = g.op("ArgMax", ends, axis=1, keepdims=0)  # [B]
-    everything = g.op("ReduceLogSumExp", g.op("Add", total, g.constant(end)), axes=[1], keepdims=0)
+    everything = _log_sum_exp(g, g.op("Add", total, g.constant(end)), axis=1)
     chance = g.op("Sub", g.op("ReduceMax", ends, axes=[1], keepdims=0), everything)  # [B]
     chance = g.op("Where", g.op("Greater", counts, g.integer(0)), chance, _single(g, 0.0))
-    _, path = g.scan(_backwards(g), [last], [pointers], 2, backwards=True)  # [W,B]
+    _, path = g.scan(_backwards(g, transitions), [last], [before, moves], 2, backwards=True)  # [W,B]
 
     labels = g.cast(g.op("GatherND", path, place), FLOAT)  # [N]
     none = g.op("Expand", _single(g, NO_WORD), g.op("Shape", layout.source))  # [T]
@@ -88,11 +91,21 @@ def _single(graph: Graph, value: float) -> str:
     return graph.constant(np.array(value, np.float32))
 
 
-def _forwards(graph: Graph, transitions: npt.NDArray[np.float32]) -> Graph:
-    """Return the loop body that takes one word more: (best, total [B,C]), (emissions [B,C], moves [B])."""
+def _log_sum_exp(graph: Graph, x: str, axis: int) -> str:
+    """Add the log of the sum of exp(x). ONNX Runtime's own ReduceLogSumExp takes three times as long on a CPU."""
+    g = graph
+    peak = g.op("ReduceMax", x, axes=[axis])
+    total = g.op("ReduceSum", g.op("Exp", g.op("Sub", x, peak)), g.ints(axis), keepdims=0)
+    return g.op("Add", g.op("Log", total), g.op("Squeeze", peak, g.ints(axis)))
+
+
+def _forwards(graph: Graph, transitions: Scores) -> Graph:
+    """Return the loop body that takes a word: best and total [B,C], by emission [B,C] and moves [B].
+
+    It also hands on the `best` before the word.
+    """
     g = graph.body("forwards")
-    labels = len(transitions)
-    shape: list[int | str] = ["items", labels]
+    shape: list[int | str] = ["items", len(transitions)]
     best, total = g.input("best", FLOAT, shape), g.input("total", FLOAT, shape)
     emission, moves = g.input("emission", FLOAT, shape), g.input("moves", BOOL, ["items"])
     steps = g.constant(np.ascontiguousarray(transitions.T)[None])  # [1,C,C], to and from: reduced along memory
@@ -101,24 +114,22 @@ def _forwards(graph: Graph, transitions: npt.NDArray[np.float32]) -> Graph:
     def longer(paths: str) -> str:
         return g.op("Add", g.op("Unsqueeze", paths, g.ints(1)), steps)  # [B,C,C]
 
-    def kept(now: str, before: str) -> str:
-        return g.op("Where", on, now, before)
+    def output(name: str, reached: str, before: str) -> None:
+        g.output(name, g.op("Where", on, g.op("Add", reached, emission), before), FLOAT, shape)
 
-    by_best = longer(best)
-    reached = g.op("Add", g.op("ReduceMax", by_best, axes=[2], keepdims=0), emission)
-    summed = g.op("Add", g.op("ReduceLogSumExp", longer(total), axes=[2], keepdims=0), emission)
-    pointer = kept(g.op("ArgMax", by_best, axis=2, keepdims=0), g.constant(np.arange(labels)[None]))
-    g.output("next_best", kept(reached, best), FLOAT, shape)
-    g.output("next_total", kept(summed, total), FLOAT, shape)
-    g.output("pointer", pointer, INT64, shape)
+    output("longer_best", g.op("ReduceMax", longer(best), axes=[2], keepdims=0), best)
+    output("longer_total", _log_sum_exp(g, longer(total), axis=2), total)
+    g.output("best_before", best, FLOAT, shape)
     return g
 
 
-def _backwards(graph: Graph) -> Graph:
-    """Return the loop body that goes one word back: label [B] of this word, pointers [B,C] to the word before."""
+def _backwards(graph: Graph, transitions: Scores) -> Graph:
+    """Return the loop body that goes back over a word: label [B], by the best before it [B,C] and moves [B]."""
     g = graph.body("backwards")
-    label, pointer = g.input("label", INT64, ["items"]), g.input("pointer", INT64, ["items", "labels"])
-    before = g.op("GatherElements", pointer, g.op("Unsqueeze", label, g.ints(1)), axis=1)
-    g.output("label_before", g.op("Squeeze", before, g.ints(1)), INT64, ["items"])
+    label = g.input("label", INT64, ["items"])
+    before, moves = g.input("before", FLOAT, ["items", len(transitions)]), g.input("moves", BOOL, ["items"])
+    steps = g.op("Gather", g.constant(np.ascontiguousarray(transitions.T)), label, axis=0)  # [B,C]
+    came_from = g.op("ArgMax", g.op("Add", before, steps), axis=1, keepdims=0)
+    g.output("label_before", g.op("Where", moves, came_from, label), INT64, ["items"])
     g.output("label_here", label, INT64, ["items"])
     return g

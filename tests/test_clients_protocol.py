@@ -11,16 +11,17 @@ import pytest
 from clients import Classification, Client, Regression, Tagging
 from clients.protocol import Call, Conversation, Infer, Program, ReadConfig
 from espalier.configs import ensemble_config, head_config
-from espalier.contract import ENSEMBLE, HeadInfo, Kind, Target, TrunkInfo
+from espalier.contract import ENSEMBLE, HeadInfo, Kind, Structure, Target, TrunkInfo
 from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
 
 Reply = Callable[[Call], Any]
 
 
-def head(task: str, kind: Kind, labels: Sequence[str] = ()) -> HeadInfo:
+def head(task: str, kind: Kind, labels: Sequence[str] = (), structure: Structure = Structure.SOFTMAX) -> HeadInfo:
     return HeadInfo(
         task=task,
         kind=kind,
+        structure=structure,
         tap=1,
         layers=1,
         hidden_size=4,
@@ -37,7 +38,9 @@ TRUNK = TrunkInfo(start=0, stop=1, hidden_size=4, target=Target.CPU, base="base"
 INTENT = head("intent", Kind.CLASSIFICATION, ["alarm", "music"])
 SLOTS = head("slots", Kind.TAGGING, ["O", "B-time", "I-time"])
 URGENCY = head("urgency", Kind.REGRESSION)
+SLOTS_CRF = head("slots_crf", Kind.TAGGING, ["O", "B-time", "I-time"], Structure.CRF)
 OFFSETS = [(0, 0), (0, 4), (5, 7), (0, 0)]  # of "wake me"
+PATH = [(-1, -0.5), (1, -0.5), (2, -0.5), (-1, -0.5)]
 
 
 class Deployment:
@@ -61,6 +64,8 @@ class Deployment:
         if name not in self.heads:
             raise RequestError(f"unexpected inference output '{name}' for model 'multitask'")
         info = self.heads[name]
+        if info.structure is Structure.CRF:
+            return np.tile(np.array(PATH, np.float32), (n, 1, 1))
         row = np.arange(max(len(info.labels), 1), dtype=np.float32)
         return np.tile(row, (n, len(OFFSETS), 1) if info.kind is Kind.TAGGING else (n, 1))
 
@@ -99,6 +104,28 @@ def test_the_answers_have_the_type_of_their_task(server: Deployment) -> None:
     assert isinstance(answers["slots"], Tagging)
     assert [span.text for span in answers["slots"].spans] == ["wake me"]
     assert [(word.start, word.end) for word in answers["slots"].tokens] == [(0, 4), (5, 7)]
+
+
+def test_a_path_has_one_probability_for_all_its_labels() -> None:
+    [answers] = ask(Deployment(SLOTS_CRF), ["wake me"])
+    answer = answers["slots_crf"]
+    assert isinstance(answer, Tagging)
+    assert [(word.label, word.probability) for word in answer.tokens] == [("B-time", None), ("I-time", None)]
+    assert [(span.label, span.text, span.probability) for span in answer.spans] == [("time", "wake me", None)]
+    assert answer.log_probability == -0.5
+    assert answer.probability == pytest.approx(np.exp(-0.5))
+    assert answer.to_dict()["log_probability"] == -0.5
+
+
+def test_labels_word_by_word_have_no_probability_in_common(server: Deployment) -> None:
+    [answers] = ask(server, ["wake me"], ["slots"])
+    assert (answers["slots"].log_probability, answers["slots"].probability) == (None, None)
+
+
+def test_a_path_with_a_label_that_the_head_does_not_name_is_an_error() -> None:
+    server = Deployment(SLOTS_CRF.model_copy(update={"labels": ("O", "B-time")}))
+    with pytest.raises(RequestError, match="head_slots_crf names 2 labels, but answers with another"):
+        ask(server, ["wake me"])
 
 
 def test_answers_are_plain_values_for_json(server: Deployment) -> None:

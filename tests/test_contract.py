@@ -19,7 +19,18 @@ from espalier.configs import (
     trunk_config,
     write_config,
 )
-from espalier.contract import CONFIG_FILE, OFFSETS, TASK_NAME, TEXT, HeadInfo, Kind, Target, TrunkInfo, segments_for
+from espalier.contract import (
+    CONFIG_FILE,
+    OFFSETS,
+    TASK_NAME,
+    TEXT,
+    HeadInfo,
+    Kind,
+    Structure,
+    Target,
+    TrunkInfo,
+    segments_for,
+)
 from espalier.errors import ContractError, FingerprintError
 from espalier.repository import Repository, check_head
 
@@ -42,7 +53,10 @@ def head(task: str, kind: Kind = Kind.CLASSIFICATION, tap: int = 3, **changes: A
 
 
 CHAIN = [segment(0, 3), segment(3, 5), segment(5, 9)]
-HEADS = [head("urgency", Kind.REGRESSION, 9), head("intent"), head("slots", Kind.TAGGING, 5), head("intent_2", tap=9)]
+HEADS = [
+    head("urgency", Kind.REGRESSION, 9), head("intent"), head("slots", Kind.TAGGING, 5), head("intent_2", tap=9),
+    head("slots_crf", Kind.TAGGING, 3, structure=Structure.CRF),
+]  # fmt: skip
 CONFIGS = {
     "tokenizer": lambda: tokenizer_config(128),
     "trunk": lambda: trunk_config(CHAIN[0], threads=2),
@@ -155,6 +169,26 @@ def test_a_head_has_one_output_and_it_is_single_precision(
     assert config.output[0].label_filename == ("labels.txt" if kind is Kind.CLASSIFICATION else "")
 
 
+def test_a_head_with_a_crf_reads_the_tokens_and_answers_with_a_path() -> None:
+    config = head_config(HEADS[-1], Target.GPU)
+    assert tensors(config.input) == {
+        "length": ("TYPE_INT32", [1]),
+        "hidden": ("TYPE_FP16", [-1, 8]),
+        "input_ids": ("TYPE_INT64", [-1]),
+    }
+    assert all(tensor.allow_ragged_batch for tensor in config.input[1:])
+    assert tensors(config.output) == {"path": ("TYPE_FP32", [-1, 2])}
+    assert config.batch_output[0].target_name == ["path"]
+    steps = {step.model_name: step for step in ensemble_config(CHAIN, HEADS).ensemble_scheduling.step}
+    assert steps["head_slots_crf"].input_map["input_ids"] == steps["tokenizer"].output_map["input_ids"]
+
+
+def test_a_head_that_does_not_say_its_structure_chooses_word_by_word() -> None:
+    config = head_config(HEADS[2], Target.CPU)
+    del config.parameters["structure"]
+    assert check_head(config, CHAIN) == HEADS[2]
+
+
 def test_threads_are_set_on_the_cpu_alone() -> None:
     threads = {
         name: CONFIGS[name]().parameters["intra_op_thread_count"].string_value
@@ -168,7 +202,7 @@ def test_the_ensemble_chains_the_segments_and_hangs_each_head_on_its_tap() -> No
     steps = {step.model_name: step for step in config.ensemble_scheduling.step}
     assert list(steps) == [
         "tokenizer", "trunk_0_3", "trunk_3_5", "trunk_5_9",
-        "head_intent", "head_intent_2", "head_slots", "head_urgency",
+        "head_intent", "head_intent_2", "head_slots", "head_slots_crf", "head_urgency",
     ]  # fmt: skip
     made = {tensor: name for name, step in steps.items() for tensor in step.output_map.values()}
     below = {
@@ -177,7 +211,7 @@ def test_the_ensemble_chains_the_segments_and_hangs_each_head_on_its_tap() -> No
     }
     assert below == {
         "tokenizer": set(), "trunk_0_3": set(), "trunk_3_5": {"trunk_0_3"}, "trunk_5_9": {"trunk_3_5"},
-        "head_intent": {"trunk_0_3"}, "head_slots": {"trunk_3_5"},
+        "head_intent": {"trunk_0_3"}, "head_slots": {"trunk_3_5"}, "head_slots_crf": {"trunk_0_3"},
         "head_intent_2": {"trunk_5_9"}, "head_urgency": {"trunk_5_9"},
     }  # fmt: skip
 
@@ -198,6 +232,7 @@ def test_the_ensemble_answers_with_tasks_and_offsets() -> None:
         "intent": ("TYPE_FP32", [3]),
         "intent_2": ("TYPE_FP32", [3]),
         "slots": ("TYPE_FP32", [-1, 3]),
+        "slots_crf": ("TYPE_FP32", [-1, 2]),
         "urgency": ("TYPE_FP32", [1]),
     }
 
@@ -241,6 +276,7 @@ def refusal(config: pb.ModelConfig, error: type[ContractError] = ContractError) 
         pytest.param({"hidden_size": 16}, "reads hidden states of size 16, but trunk_0_3 gives 8", id="hidden size"),
         pytest.param({"labels": ()}, "a classification head has 0 labels", id="no labels"),
         pytest.param({"kind": Kind.REGRESSION}, "a regression head has 3 labels", id="labels of numbers"),
+        pytest.param({"structure": Structure.CRF}, "a classification head has no CRF", id="CRF of classes"),
         pytest.param({"task": "a__b"}, "'a__b' is not a task name", id="bad name"),
         pytest.param({"task": OFFSETS}, "'offsets' is not a task name", id="taken name"),
     ],
@@ -306,6 +342,7 @@ def test_tensors_that_do_not_fit_are_shown(change: Callable[[Any], None], reason
         ("tap", "three", "parameter 'tap' is not JSON: 'three'"),
         ("tap", "0", "parameter 'tap': Input should be greater than or equal to 1; export the folder again"),
         ("kind", "ranking", "parameter 'kind': "),
+        ("structure", "hmm", "parameter 'structure': "),
         ("score", '"good"', "parameter 'score': "),
         ("fingerprint", None, "parameter 'fingerprint': Field required; export the folder again"),
         ("labels", None, "parameter 'labels': Field required"),

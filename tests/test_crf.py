@@ -1,6 +1,6 @@
 """The CRF against every path, enumerated; its masks against the schemes; its ONNX graph against PyTorch."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import onnx
@@ -49,7 +49,7 @@ def paths(crf: CRF, emissions: torch.Tensor) -> dict[tuple[int, ...], float]:
     for path in product(range(emissions.shape[1]), repeat=len(emissions)):
         score = start[path[0]] + end[path[-1]] if path else 0.0
         score += sum(emissions[word, label].item() for word, label in enumerate(path))
-        found[path] = score + sum(transitions[left][right] for left, right in zip(path, path[1:], strict=False))
+        found[path] = score + sum(transitions[left][right] for left, right in pairwise(path))
     return found
 
 

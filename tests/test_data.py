@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from espalier.errors import DataError
+from espalier.errors import DataError, SpecError
 from espalier.spec import TaskSpec, load_spec
 from training.data import Example, load_data, load_split
 
@@ -383,6 +383,49 @@ def test_max_train_keeps_the_first_rows_of_train(tmp_path: Path) -> None:
     assert [example.label for example in data.train] == ["a", "b"]
     assert len(data.dev) == 3
     assert data.labels == ("a", "b")
+
+
+def tagged(folder: Path, train: str, **changes: Any) -> TaskSpec:
+    return task(folder, "conll", train, kind="tagging", **changes)
+
+
+def test_a_slot_to_ignore_is_a_type_or_a_label_of_train(tmp_path: Path) -> None:
+    train = "a O\nb B-x\nc I-x\nd noun\n"
+    for name in ("x", "B-x", "I-x", "noun"):
+        load_data(tagged(tmp_path, train, ignore=[name]))
+    for name in ("y", "O", "B-y"):
+        message = refusal(tagged(tmp_path, train, ignore=[name]))
+        assert message == (
+            f"task task: 'ignore' names {name!r}, which no label of train has; its slots are ['noun', 'x']"
+        )
+
+
+def test_tags_that_a_crf_holds_to_be_impossible_are_counted_and_named(tmp_path: Path) -> None:
+    train = "a B-x\nb I-x\n\nto O\nb I-x\n\nc I-x\n"
+    assert load_data(tagged(tmp_path, train)).labels == ("B-x", "I-x", "O")
+    assert refusal(tagged(tmp_path, train, structure="crf")) == (
+        "task task: 2 of 3 rows of train break the scheme (BIO or BIOES) of their labels, the first of them row 2, "
+        "'to b', where O is followed by I-x; mend them, or use structure: softmax"
+    )
+    ends = "a B-x\nb E-x\n\nc O\nb B-x\n"
+    assert "'c b', where B-x is followed by its end; mend" in refusal(tagged(tmp_path, ends, structure="crf"))
+
+
+# --- test -------------------------------------------------------------------------------------------------------
+
+
+def test_training_reads_nothing_of_the_test_split(tmp_path: Path) -> None:
+    plain = load_data(task(tmp_path, "tsv", rows("a", "b")))
+    spec = task(tmp_path, "tsv", rows("a", "b"), data={"test": "test.tsv"})
+    assert load_data(spec).digest() == plain.digest()  # the file is not even there
+    put(tmp_path / "test.tsv", rows("new", "a"))
+    assert load_data(spec).labels == ("a", "b")
+    assert [example.label for example in load_split(spec, "test")] == ["new", "a"]
+
+
+def test_a_test_split_that_the_spec_does_not_name_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^task task: the spec names no test split; add 'test' to its data$"):
+        load_split(task(tmp_path, "tsv", rows("a", "b")), "test")
 
 
 # --- digest -----------------------------------------------------------------------------------------------------

@@ -147,6 +147,11 @@ def test_a_tag_is_spread_over_the_parts_of_a_word(tag: str, parts: int, expected
     assert spread(tag, parts) == expected.split()
 
 
+def test_features_tell_which_tokens_begin_a_word() -> None:
+    batch = collate(featurize(Kind.TAGGING, TAGS, JSON, 16, [tagged(["to", "Szczecin"], "O B-x"), tagged(["on"], "O")]))
+    assert batch["words"].tolist() == [[False, True, True, False, False, False], [False, True] + [False] * 4]
+
+
 # --- texts ------------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,20 @@ def test_slots_count_when_type_and_both_ends_are_right() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["city", "B-city", "I-city"])
+def test_slots_to_ignore_count_neither_as_gold_nor_as_guessed(name: str) -> None:
+    gold = [["B-city", "I-city", "O", "B-day"], ["B-city", "B-day"]]
+    guess = [["B-city", "O", "O", "B-day"], ["O", "B-city"]]
+    assert score(Kind.TAGGING, gold, guess, ignore=[name]) == pytest.approx(
+        {"slot_precision": 1, "slot_recall": 1 / 2, "slot_f1": 2 / 3}
+    )
+
+
+def test_a_label_that_cannot_be_predicted_counts_as_missed() -> None:
+    assert score(Kind.CLASSIFICATION, ["a", "new"], ["a", "a"])["accuracy"] == 0.5
+    assert score(Kind.TAGGING, [["B-x", "B-new"]], [["B-x", "O"]])["slot_recall"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("kind", "answers"),
     [(Kind.CLASSIFICATION, GOLD), (Kind.REGRESSION, [0.5, 0.25, 1.0]), (Kind.TAGGING, [["B-x", "I-x", "O"], ["O"]])],

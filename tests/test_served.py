@@ -18,6 +18,7 @@ from clients import AsyncClient, Classification, Client, Regression, RequestErro
 from clients.evaluate import evaluate
 from espalier.contract import Kind
 from espalier.spec import load_spec
+from espalier.tagging import Scheme, decode_path
 from espalier.tagging import decode as decode_tags
 from serving.triton import TritonServer
 from training.data import Example
@@ -86,6 +87,7 @@ def test_parity_with_pytorch_for_200_concurrent_texts(
             assert_same(answer[task], reference.answer(task, text), reference.labels(task))
         tags, labels = reference.answer("slots", text), reference.labels("slots")
         assert_tags(answer["slots"], tags, labels, text, reference.encode(text).offsets)
+        assert_path(answer["slots_crf"], reference.answer("slots_crf", text), reference.labels("slots_crf"), text)
     for pair, answer in zip(pairs, about_pairs, strict=True):
         want = reference.answer("same_request", pair)
         assert_same(answer["same_request"], want, reference.labels("same_request"))
@@ -109,12 +111,39 @@ def assert_tags(answer: Any, want: np.ndarray, labels: tuple[str, ...], text: st
         assert text[span.start : span.end] == span.text
 
 
+def assert_path(answer: Any, want: np.ndarray, labels: tuple[str, ...], text: str) -> None:
+    assert isinstance(answer, Tagging)
+    assert answer.log_probability == pytest.approx(want[0, 1], abs=1e-3)
+    assert [labels.index(word.label) for word in answer.tokens] == want[want[:, 0] >= 0, 0].tolist()
+    assert Scheme(labels).first_break([word.label for word in answer.tokens]) is None
+    assert {part.probability for part in (*answer.tokens, *answer.spans)} <= {None}
+    for span in answer.spans:
+        assert text[span.start : span.end] == span.text
+
+
 def test_tags_equal_pytorch_token_by_token(raw: Any, reference: Reference, examples: dict[str, list[Example]]) -> None:
     for text in texts_of_mixed_length(examples, 20):
         given = triton.InferInput("TEXT", [1, 1], "BYTES")
         given.set_data_from_numpy(np.array([[text.encode()]], dtype=object))
         result = raw.infer("multitask", [given], outputs=[triton.InferRequestedOutput("slots")])
         np.testing.assert_allclose(result.as_numpy("slots")[0], reference.answer("slots", text), atol=1e-4)
+
+
+def test_paths_equal_pytorch_token_by_token_in_requests_of_several_texts(
+    raw: Any, reference: Reference, examples: dict[str, list[Example]]
+) -> None:
+    texts = ["", "[SEP]", "in [MASK] 東京", *texts_of_mixed_length(examples, 5)]
+    outputs = [triton.InferRequestedOutput(name) for name in ("slots_crf", "offsets")]
+    given = triton.InferInput("TEXT", [len(texts), 1], "BYTES")
+    given.set_data_from_numpy(np.array([[text.encode()] for text in texts], dtype=object))
+    result = raw.infer("multitask", [given], outputs=outputs)
+    for text, path, offsets in zip(texts, result.as_numpy("slots_crf"), result.as_numpy("offsets"), strict=True):
+        length = len(reference.encode(text).ids)
+        assert not path[length:].any()
+        if text == "[SEP]":  # to the head it is not a word
+            assert [word.label for word in decode_path(text, offsets, path, reference.labels("slots_crf"))[0]] == ["O"]
+        else:
+            np.testing.assert_allclose(path[:length], reference.answer("slots_crf", text), atol=1e-3)
 
 
 def test_a_shallow_task_leaves_deeper_segments_and_other_heads_alone(client: Client, raw: Any) -> None:
@@ -186,8 +215,8 @@ def test_served_scores_equal_offline_ones(
                 batch = collate(chunk)
                 with torch.no_grad():
                     hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=tap)
-                    logits = branch(hidden, batch["mask"]).numpy()
-                answers += decode(spec.kind, card.labels, logits, chunk)
+                    answer = branch.answer(hidden, batch["mask"], batch.get("words")).numpy()
+                answers += decode(spec.kind, card.labels, answer, chunk, spec.structure)
             offline = score(spec.kind, gold(examples[task]), answers, spec.positive)
             assert served == pytest.approx(offline, abs=1e-4)
 
@@ -296,5 +325,5 @@ def test_a_pair_sent_to_a_single_sentence_task_is_answered(client: Client, refer
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones(client: Client) -> None:
-    with pytest.raises(UnknownTaskError, match=r"'sentiment'.*intent, same_request, slots, urgency"):
+    with pytest.raises(UnknownTaskError, match=r"'sentiment'.*intent, same_request, slots, slots_crf, urgency"):
         client.ask("hello", ["sentiment"])

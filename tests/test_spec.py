@@ -1,13 +1,14 @@
 """Task specs: every kind of data is accepted, every mistake is one sentence that names the file and the remedy."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from espalier.contract import Kind
+from espalier.contract import Kind, Structure
 from espalier.errors import SpecError
 from espalier.spec import METRICS, ConllData, HubData, LinesData, TableData, TaskSpec, load_spec
 
@@ -117,6 +118,33 @@ def test_a_relative_spec_file_gives_absolute_paths(tmp_path: Path, monkeypatch: 
     assert spec.data.train == tmp_path / "train.tsv"
 
 
+@pytest.mark.parametrize(
+    ("data", "test"),
+    [
+        ({**SPEC["data"], "test": "sub/test.tsv"}, lambda home: home / "sub/test.tsv"),
+        ({**CONLL, "test": "test.txt"}, lambda home: home / "test.txt"),
+        (
+            {**LINES, "test": {"words": "t/in", "slots": "t/out"}},
+            lambda home: {"words": home / "t/in", "slots": home / "t/out"},
+        ),
+        ({"format": "hub", "dataset": "glue", "test": "test"}, lambda home: "test"),
+        (SPEC["data"], lambda home: None),
+    ],
+    ids=["table", "conll", "lines", "hub", "none"],
+)
+def test_a_test_split_is_optional(data: dict[str, Any], test: Callable[[Path], Any], tmp_path: Path) -> None:
+    columns = {"lines": ("words", "slots")}.get(data["format"], ("tokens", "tags"))
+    spec = load_spec(write(tmp_path, **{**TAGGING, "text": columns[0], "label": columns[1]}, data=data))
+    assert spec.data.test == test(tmp_path)
+
+
+def test_a_tagging_task_may_have_a_crf_and_ignore_slots(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, **TAGGING, data=CONLL, structure="crf", ignore=["city", "B-day"]))
+    assert (spec.structure, spec.ignore) == (Structure.CRF, ("city", "B-day"))
+    assert TaskSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert load_spec(write(tmp_path)).structure is Structure.SOFTMAX
+
+
 def test_a_spec_survives_json(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, labels=["good", "bad"]))
     assert TaskSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -186,6 +214,19 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
         pytest.param(
             {**TAGGING, "text": ["a", "b"]}, "a tagging task has one text column, not two", id="tagging of a pair"
         ),
+        pytest.param({"structure": "crf"}, "'structure: crf' is for tagging tasks; remove it from this c", id="CRF"),
+        pytest.param(
+            {"kind": "regression", "metric": "pearson", "structure": "crf"},
+            "'structure: crf' is for tagging tasks; remove it from this regression task",
+            id="CRF of numbers",
+        ),
+        pytest.param({"ignore": ["good"]}, "'ignore' is for tagging tasks; remove it from this cl", id="ignored label"),
+        pytest.param({**TAGGING, "data": CONLL, "structure": "hmm"}, "structure: .*'softmax' or 'crf'", id="structure"),
+        pytest.param(
+            {"data": {**LINES, "test": {"words": "x"}}},
+            r"data.lines: train has the columns \['slots', 'words'\], test has \['words'\]",
+            id="columns of test",
+        ),
         pytest.param({"text": []}, "text: .*at least 1", id="no text"),
         pytest.param({"text": ["a", "b", "c"]}, "text: .*at most 2", id="three texts"),
         pytest.param({"metric": "f1"}, "metric f1 needs 'positive'", id="f1 without positive"),
@@ -212,7 +253,7 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
             id="columns of one split",
         ),
         pytest.param({"learning_rate": 1}, "learning_rate: Extra inputs are not permitted", id="extra field"),
-        pytest.param({"data": {**SPEC["data"], "test": "x"}}, "data.tsv.test: Extra inputs", id="extra data field"),
+        pytest.param({"data": {**SPEC["data"], "eval": "x"}}, "data.tsv.eval: Extra inputs", id="extra data field"),
         pytest.param(
             {"data": {"format": "xml", "train": "a", "dev": "b"}}, "data: 'format' must be tsv, csv, jsonl", id="format"
         ),

