@@ -106,7 +106,7 @@ def write_slots(folder: Path, more: str) -> TaskSpec:
 
 def test_a_branch_with_a_crf_learns_and_so_does_its_student(tiny: Base, tmp_path: Path) -> None:
     spec = write_slots(tmp_path, "structure: crf\n")
-    arguments = Arguments(epochs=5, learning_rate=3e-3, batch_size=8)
+    arguments = Arguments(epochs=3, learning_rate=5e-3, batch_size=16)
     card, _ = train(spec, tiny, 1, 2, arguments, tmp_path / "branch", silent)
     student, _ = distill(tmp_path / "branch", tiny, 1, arguments, tmp_path / "student", silent)
     for path, written in ((tmp_path / "branch", card), (tmp_path / "student", student)):
