@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from espalier.tagging import Scheme
 
 IMPOSSIBLE = -1e4
+SMALLEST = 1e-300
+"""What sums of probabilities are held at, so that their logarithms stay finite; FP64 ends a little below."""
+
 NO_WORD = -1
 """The label of a token that begins no word."""
 
@@ -51,13 +54,16 @@ class CRF(nn.Module):
 
         emissions [B,S,C]; words [B,S] is true for tokens that begin a word.
         """
-        start, transitions, end = self.scores()
-        emissions, valid = _pack(emissions, words), _chain(words)
-        total = start + emissions[:, 0]  # [B,C], over the paths up to here that end in a label
+        # A matrix product of exponentials instead of C² of them per word is many times faster; in FP64 it is exact
+        # for labels whose chances differ by up to e^690.
+        start, transitions, end = (scores.double() for scores in self.scores())
+        packed, valid, factors = _pack(emissions, words).double(), _chain(words), transitions.exp()
+        total = start + packed[:, 0]  # [B,C], over the paths up to here that end in a label
         for step in range(1, valid.shape[1]):
-            longer = torch.logsumexp(total[:, :, None] + transitions, dim=1) + emissions[:, step]
+            peak = total.detach().amax(1, keepdim=True)
+            longer = ((total - peak).exp() @ factors).clamp(min=SMALLEST).log() + peak + packed[:, step]
             total = torch.where(valid[:, step, None], longer, total)
-        return torch.logsumexp(total + end, dim=1) * valid[:, 0]
+        return (torch.logsumexp(total + end, dim=1) * valid[:, 0]).to(emissions.dtype)
 
     def path_score(self, emissions: Tensor, words: Tensor, tags: Tensor) -> Tensor:
         """Return the score [B] of the paths `tags` [B,S], label indices of which only those of words count."""

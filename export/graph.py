@@ -149,4 +149,5 @@ class Graph:
         return content
 
 
-BOOL, INT32, INT64, FLOAT = TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto.FLOAT
+BOOL, INT32, INT64 = TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64
+FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
