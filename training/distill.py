@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 
-from espalier.branch import Branch, BranchCard, check_trunk, load_branch
+from espalier.branch import Branch, BranchCard, Teacher, check_trunk, load_branch
 from espalier.contract import Kind
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
@@ -112,6 +112,7 @@ def distill(
     with workshop(out, inputs) as work:
         return fit(
             spec=spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
-            work=work, out=out, report=report, loss=loss, cache=cache, teacher=card.digest,
+            work=work, out=out, report=report, loss=loss, cache=cache,
+            teacher=Teacher(digest=card.digest, folder=teacher_path.resolve(), init=init),
             teacher_logits=logits_of(teacher, base, card, data.train, arguments.batch_size, report, cache),
         ), True  # fmt: skip

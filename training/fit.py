@@ -23,7 +23,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
-from espalier.branch import Branch, BranchCard, check_place, load_branch, read_card, save_branch
+from espalier.branch import Branch, BranchCard, Teacher, check_place, load_branch, read_card, save_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError, SpecError
 from espalier.spec import TaskSpec
@@ -148,7 +148,7 @@ class _Model(nn.Module):
 def fit(
     *, spec: TaskSpec, data: TaskData, base: Base, tap: int, branch: Branch, arguments: Arguments, inputs: str,
     work: Path, out: Path, report: Report, loss: Loss, teacher_logits: list[Tensor] | None = None,
-    teacher: str | None = None, cache: ActivationCache | None = None,
+    teacher: Teacher | None = None, cache: ActivationCache | None = None,
 ) -> BranchCard:  # fmt: skip
     """Train `branch` on `data`, keep its best epoch by the dev metric, and write the branch folder `out`.
 
@@ -239,6 +239,7 @@ def fit(
             metrics=final or {key: value for key, value in best.items() if key not in ("epoch", "loss")},
             history=history,
             arguments=asdict(arguments),
+            cached=cache is not None,
             teacher=teacher,
             inputs=inputs,
             versions={name: version(name) for name in LIBRARIES},
