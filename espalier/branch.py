@@ -136,7 +136,9 @@ def read_card(path: Path) -> BranchCard:
     except OSError as error:
         raise BranchError(f"{path} is not a branch folder: {CARD_FILE} cannot be read ({error.strerror})") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        raise BranchError(f"{file} is damaged or of another version: {_reason(error)}; train the branch again") from error
+        raise BranchError(
+            f"{file} is damaged or of another version: {_reason(error)}; train the branch again"
+        ) from error
     home = path.resolve()
     return card.with_paths(lambda other: Path(os.path.normpath(home / other)))
 
