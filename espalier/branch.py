@@ -39,6 +39,7 @@ class BranchCard(BaseModel):
     encoder: dict[str, Any]  # the EncoderConfig of its layers
     metrics: dict[str, float]  # on dev, of the epoch that was kept
     history: list[dict[str, float]]  # dev metrics by epoch
+    stopped: str | None = None  # why training ended early, if it did
     arguments: dict[str, Any]  # what training was asked for, the seed included
     teacher: str | None  # digest of the branch it was distilled from
     inputs: str  # digest of all that the training depends on
