@@ -50,6 +50,7 @@ class BranchCard(BaseModel):
     encoder: dict[str, Any]  # the EncoderConfig of its layers
     metrics: dict[str, float]  # on dev, of the epoch that was kept
     history: list[dict[str, float]]  # dev metrics by epoch
+    stopped: str | None = None  # why training ended early, if it did
     arguments: dict[str, Any]  # what training was asked for, the seed included
     cached: bool  # whether the trunk's activations were rounded to FP16 on the way
     teacher: Teacher | None  # None: fine-tuned, not distilled

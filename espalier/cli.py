@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from clients import Client
     from espalier.branch import BranchCard
     from training.activations import ActivationCache
-    from training.fit import Report
+    from training.trainer import Report
 
 app = typer.Typer(
     help="Many NLP tasks on one frozen BERT trunk, served as one Triton ensemble.",
@@ -37,7 +37,7 @@ Epochs = Annotated[int, typer.Option(help="Passes over train; the best one on de
 LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same branch on the same machine.")]
-MaxTrain = Annotated[int | None, typer.Option(help="Use the first so many rows of train.")]
+MaxTrain = Annotated[int | None, typer.Option(help="Use a sample of so many rows of train, the same in every run.")]
 Data = Annotated[
     Path | None, typer.Option("--data", help="Folder of the spec's data paths. [default: the spec's own folder]")
 ]
@@ -79,7 +79,7 @@ def train(
     out = out or Path("branches") / task.name
     with show.waiting("loading the base"):
         from training.finetune import train as fine_tune
-        from training.fit import Arguments
+        from training.trainer import Arguments
 
         loaded = load_base(base, revision)
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
@@ -119,7 +119,7 @@ def distill(
     with show.waiting("loading the base"):
         from training.distill import Init
         from training.distill import distill as distil_branch
-        from training.fit import Arguments
+        from training.trainer import Arguments
 
         loaded = load_base(base) if base else load_base(card.base, card.revision)
     arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
@@ -278,7 +278,7 @@ def _bar() -> Progress:
 @contextmanager
 def training_progress(name: str) -> "Iterator[Report]":
     """Show a bar over the optimizer steps and the dev metrics after each epoch."""
-    from training.fit import Progress as Step
+    from training.trainer import Progress as Step
 
     with _bar() as bar:
         row = bar.add_task(name, total=None, note="")

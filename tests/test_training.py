@@ -22,8 +22,8 @@ from training.data import load_data
 from training.distill import TEMPERATURE, Init, distill, soft_loss
 from training.features import IGNORED, collate, featurize
 from training.finetune import hard_loss, new_branch, train
-from training.fit import Arguments, Progress
 from training.metrics import decode, gold, score
+from training.trainer import Arguments, Progress
 
 QUICK = Arguments(epochs=3, learning_rate=5e-3, batch_size=8, seed=1)
 COLOURS = ("red", "green", "blue")

@@ -5,6 +5,7 @@ Every problem is a DataError that says file, line and what.
 
 import csv
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,18 +44,21 @@ class TaskData:
         return digest(repr(self.labels), str(len(self.train)), *rows)
 
 
-def load_data(spec: TaskSpec, max_train: int | None = None) -> TaskData:
-    """Read and check both splits of `spec`; `max_train` keeps the first so many training rows.
+def load_data(spec: TaskSpec, max_train: int | None = None, max_dev: int | None = None) -> TaskData:
+    """Read and check both splits of `spec`; of each keep a sample of at most so many rows.
 
-    Labels come from train alone; one that only dev has is an error that names it.
+    Labels come from the whole of train, and from train alone; one that only dev has is an error that names it.
     """
-    train = load_split(spec, "train")
-    if max_train is not None:
-        train = train[:max_train]
-    dev = load_split(spec, "dev")
-    if spec.kind is Kind.REGRESSION:
-        return TaskData(train, dev, ())
-    return TaskData(train, dev, _labels(spec, train, dev))
+    train, dev = load_split(spec, "train"), load_split(spec, "dev")
+    labels = () if spec.kind is Kind.REGRESSION else _labels(spec, train, dev)
+    return TaskData(sample(train, max_train), sample(dev, max_dev), labels)
+
+
+def sample(examples: list[Example], size: int | None) -> list[Example]:
+    """Return a random sample of `examples`, in their order; equal examples and sizes give the same sample."""
+    if size is None or size >= len(examples):
+        return examples
+    return [examples[row] for row in sorted(random.Random(0).sample(range(len(examples)), size))]
 
 
 def load_split(spec: TaskSpec, split: str) -> list[Example]:

@@ -22,8 +22,9 @@ from training.activations import ActivationCache
 from training.data import load_data
 from training.features import IGNORED, featurize
 from training.finetune import hard_loss, inputs_digest, new_branch
-from training.fit import Arguments, Report, attach_activations, fit, up_to_date, workshop
+from training.fit import attach_activations, fit, up_to_date, workshop
 from training.predict import logits_of
+from training.trainer import Arguments, Report
 
 TEMPERATURE = 2.0
 
@@ -64,7 +65,7 @@ def distill(
     out = out.resolve()
     if out == teacher_path.resolve():
         raise BranchError(f"the student would replace its teacher {teacher_path}; give another output folder")
-    data = load_data(spec, arguments.max_train)
+    data = load_data(spec, arguments.max_train, arguments.max_dev)
     if data.labels != card.labels:
         raise DataError(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "

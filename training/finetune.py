@@ -16,9 +16,10 @@ from espalier.spec import TaskSpec
 from training.activations import ActivationCache
 from training.data import TaskData, load_data
 from training.features import IGNORED
-from training.fit import Arguments, Report, fit, up_to_date, workshop
+from training.fit import fit, up_to_date, workshop
+from training.trainer import Arguments, Report
 
-RECIPE = "1"
+RECIPE = "2"
 """Changes whenever the same inputs would train another branch, so that no branch of an older recipe is reused."""
 
 
@@ -38,7 +39,7 @@ def train(
     if not 0 <= layers <= depth - tap:
         raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
     out = out.resolve()
-    data = load_data(spec, arguments.max_train)
+    data = load_data(spec, arguments.max_train, arguments.max_dev)
     inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache)
     if card := up_to_date(out, inputs):
         return card, False
