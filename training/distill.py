@@ -72,7 +72,7 @@ def distill(
             "train the teacher again"
         )
     start = f"{card.digest} {init}"
-    inputs = inputs_digest(spec, data, base, start, card.tap, layers, arguments, cache)
+    inputs = inputs_digest(spec, data, base, start, card.tap, layers, arguments, cache is not None)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
