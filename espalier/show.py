@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from espalier.branch import BranchCard
     from export.repository import Exported
     from serving.triton import TritonServer
+    from training.card import Card
 
 output = Console()
 messages = Console(stderr=True)
@@ -46,6 +47,18 @@ def branch(card: "BranchCard", out: Path, trained: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def card(made: "Card", branch: "BranchCard") -> None:
+    """Say where a branch's card is, and what is doubtful about the branch."""
+    output.print(
+        f"[bold]{branch.spec.name}[/]: {branch.spec.metric} {made.metrics[branch.spec.metric]:.4f} on dev → "
+        f"{escape(str(made.page))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for doubt in made.doubts:
+        output.print(f"[bold yellow]Note:[/] {escape(doubt)}", highlight=False, soft_wrap=True)
 
 
 def exported(done: "Sequence[Exported]", repository: Path) -> None:

@@ -6,6 +6,7 @@ pictures and the spec files of that recipe lie beside it. It quotes rows of dev:
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,11 @@ def make_card(
             "train the branch again, or name the data that it was trained on with --spec"
         )
     lengths = {
-        split: _lengths(base, examples, lambda done, total, split=split: report(f"reading {split}", done, total))
+        split: _lengths(base, examples, partial(report, f"reading {split}"))
         for split, examples in (("train", data.train), ("dev", data.dev))
     }
     features = featurize(spec.kind, data.labels, base.tokenizer, base.max_length, data.dev)
-    logits = logits_of(
-        branch, base, card.tap, features, BATCH_SIZE, lambda done, total: report("answering dev", done, total)
-    )
+    logits = logits_of(branch, base, card.tap, features, BATCH_SIZE, partial(report, "answering dev"))
     padded = torch.nn.utils.rnn.pad_sequence(logits, batch_first=True).numpy()
     answers = decode(spec.kind, data.labels, padded, features)
     metrics = score(spec.kind, gold(data.dev), answers, spec.positive)

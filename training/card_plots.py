@@ -4,7 +4,7 @@ Drawn on Agg canvases of their own: nothing here touches pyplot's global state o
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -43,11 +43,11 @@ def by_epoch(history: Sequence[dict[str, float]], metric: str, kept: float) -> b
     return _png(figure)
 
 
-def lengths(tokens: dict[str, Sequence[int]], limit: int) -> bytes:
+def lengths(tokens: Mapping[str, Sequence[int]], limit: int) -> bytes:
     """Plot a histogram of text lengths by split, in tokens; `limit` is where texts are cut."""
     figure, axes = _figure(6.4, 3.0)
     longest = max(max(counts) for counts in tokens.values())
-    bins = np.linspace(0, longest + 1, min(40, longest + 1) + 1)
+    bins = np.linspace(0, longest + 1, min(40, longest + 1) + 1).tolist()
     for (split, counts), colour in zip(tokens.items(), (COLOUR, ACCENT), strict=True):
         shares = np.full(len(counts), 1 / len(counts))
         axes.hist(counts, bins=bins, weights=shares, histtype="step", linewidth=1.6, color=colour, label=split)

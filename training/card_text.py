@@ -69,8 +69,8 @@ def _head(evidence: Evidence) -> str:
         ("task", f"{escape(spec.name)}: {spec.kind} of {'pairs of texts' if spec.pair else 'single texts'}"),
         ("score", f"{escape(spec.metric)}{counted} **{card.score:.4f}** on dev"),
         ("base", f"{escape(card.base)}, revision {escape(card.revision)}"),
-        ("trunk", f"the base's bottom {card.tap} layers; fingerprint {card.fingerprint[:16]}"),
-        ("branch", f"{card.layers} layers and an output layer, {evidence.parameters:,} parameters; {origin}"),
+        ("trunk", f"the base's bottom {_layers(card.tap)}; fingerprint {card.fingerprint[:16]}"),
+        ("branch", f"{_layers(card.layers)} and an output layer, {evidence.parameters:,} parameters; {origin}"),
         (
             "cost",
             f"{card.layers} of the base's {evidence.depth} layers beside other tasks, "
@@ -81,6 +81,10 @@ def _head(evidence: Evidence) -> str:
     doubts = "".join(f"\n> **Note:** {doubt}\n" for doubt in evidence.doubts)
     scores = table(["dev metric", "score"], [(escape(name), f"{value:.4f}") for name, value in card.metrics.items()])
     return f"# {escape(spec.name)}\n\n{table(['', ''], facts)}{doubts}\n{scores}"
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _epochs(evidence: Evidence, pictures: dict[str, bytes]) -> str:
@@ -100,7 +104,8 @@ def _epochs(evidence: Evidence, pictures: dict[str, bytes]) -> str:
         notes += " These were taken on activations rounded to FP16; the scores above without."
     if card.stopped:
         notes += f" Training stopped early: {escape(card.stopped)}."
-    return f"## Metric by epoch\n\n{table(['epoch', *map(escape, names)], rows)}\n{notes}\n\n![metric by epoch]({EPOCHS})\n"
+    scores = table(["epoch", *map(escape, names)], rows)
+    return f"## Metric by epoch\n\n{scores}\n{notes}\n\n![metric by epoch]({EPOCHS})\n"
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -169,12 +174,12 @@ def _mistakes(evidence: Evidence) -> str:
             intro, header, found = _far_values(evidence)
         case Kind.TAGGING:
             intro, header, found = _wrong_slots(evidence)
-    found = sorted(found, key=lambda mistake: -mistake[0])
-    if not found:
+    worst = sorted(found, key=lambda mistake: -mistake[0])
+    if not worst:
         return "## Worst mistakes\n\nThere are none on dev.\n"
     text = [escape(column) for column in evidence.card.spec.text]
-    shown = table([*text, *header], [cells for _, cells in found[: evidence.rows]])
-    return f"## Worst mistakes\n\n{intro.format(total=len(evidence.data.dev), wrong=len(found))}\n\n{shown}"
+    shown = table([*text, *header], [cells for _, cells in worst[: evidence.rows]])
+    return f"## Worst mistakes\n\n{intro.format(total=len(evidence.data.dev), wrong=len(worst))}\n\n{shown}"
 
 
 _Mistakes = tuple[str, list[str], Iterator[tuple[float, list[str]]]]
@@ -296,7 +301,8 @@ def _recipe(evidence: Evidence) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
     missing = f"{escape(recipe.missing)}\n\n" if recipe.missing else ""
+    commands = code("\n".join(recipe.commands), "console")
     return (
         f"## How it was made\n\n{missing}From within this folder, bit for bit on the same machine and versions:\n\n"
-        f"{code(chr(10).join(recipe.commands), 'console')}\nArguments: {escape(arguments)}.\n\nVersions: {escape(versions)}.\n"
+        f"{commands}\nArguments: {escape(arguments)}.\n\nVersions: {escape(versions)}.\n"
     )

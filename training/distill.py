@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 
-from espalier.branch import BranchCard, Teacher, check_trunk, load_branch
+from espalier.branch import BranchCard, Teacher, check_place, check_trunk, load_branch
 from espalier.contract import Kind
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
@@ -76,6 +76,7 @@ def distill(
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
+    check_place(out)
     set_seed(arguments.seed)
     student = new_branch(base, spec.kind, card.tap, layers, len(card.labels))
     if init is Init.TEACHER:

@@ -4,7 +4,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-_SPECIAL = set("\\`*_[]<>&|~$")
+_SPECIAL = re.compile(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])")
+"""Characters that Markdown may take for its own; `_` only where it is not inside a word."""
 
 
 def escape(text: str, longest: int | None = None) -> str:
@@ -16,14 +17,13 @@ def escape(text: str, longest: int | None = None) -> str:
     line = " ".join(text.split())
     if longest is not None and len(line) > longest:
         line = line[: longest - 1] + "…"
-    return "".join(_entity(character) for character in line)
+    shown = "".join("\ufffd" if _invisible(character) else character for character in line)
+    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", shown)
 
 
-def _entity(character: str) -> str:
-    # Control characters, and those that turn the direction of what follows.
-    if unicodedata.category(character) == "Cc" or unicodedata.bidirectional(character) in _TURNING:
-        return "\ufffd"
-    return f"&#{ord(character)};" if character in _SPECIAL else character
+def _invisible(character: str) -> bool:
+    """Tell whether a character is a control character, or turns the direction of what follows it."""
+    return unicodedata.category(character) == "Cc" or unicodedata.bidirectional(character) in _TURNING
 
 
 _TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
