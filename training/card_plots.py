@@ -47,7 +47,8 @@ def lengths(tokens: Mapping[str, Sequence[int]], limit: int) -> bytes:
     """Plot a histogram of text lengths by split, in tokens; `limit` is where texts are cut."""
     figure, axes = _figure(6.4, 3.0)
     longest = max(max(counts) for counts in tokens.values())
-    bins = np.linspace(0, longest + 1, min(40, longest + 1) + 1).tolist()
+    width = longest // MOST_BARS + 1
+    bins = list(range(0, longest + width + 1, width))
     for (split, counts), colour in zip(tokens.items(), (COLOUR, ACCENT), strict=True):
         shares = np.full(len(counts), 1 / len(counts))
         axes.hist(counts, bins=bins, weights=shares, histtype="step", linewidth=1.6, color=colour, label=split)

@@ -206,7 +206,7 @@ def _far_values(evidence: Evidence) -> _Mistakes:
             error = answer - float(example.label)  # type: ignore[arg-type]
             yield abs(error), [*_texts(example), f"{example.label:.4g}", f"{answer:.4g}", f"{error:+.4g}"]
 
-    return "The largest errors of {total}.", ["gold", "answer", "error"], found()
+    return "The largest errors on the {total} texts of dev.", ["gold", "answer", "error"], found()
 
 
 def _wrong_slots(evidence: Evidence) -> _Mistakes:
