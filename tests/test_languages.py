@@ -1,18 +1,33 @@
 """Bases of other languages and casings, from the checkpoint to the answers of the real Triton."""
 
+import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import Reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_training import silent
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
+from clients import Classification, Client, Tagging
+from clients.evaluate import evaluate
+from espalier.contract import Kind
 from espalier.encoder import Base, load_base
-from espalier.tagging import word_starts
+from espalier.spec import load_spec
+from espalier.tagging import decode, word_starts
+from export.repository import export
 from export.tokenizer_model import TextEncoder
+from serving.triton import TritonServer, free_ports
+from training.data import load_data
+from training.features import featurize
+from training.finetune import train
+from training.trainer import Arguments
 
 CITIES = ("北京", "上海", "乌鲁木齐", "西安")
 ASKED = {"weather": ("{}明天天气怎么样？", "{}会下雨吗"), "travel": ("订一张去{}的票", "我想飞到{}，越快越好！")}
@@ -112,3 +127,134 @@ def test_words_begin_where_wordpiece_has_no_hashes(base: Base) -> None:
         assert word_starts(text, encoding.offsets) == begins
 
     check()
+
+
+# --- Chinese tasks, served --------------------------------------------------------------------------------------
+
+KINDS = {"intent": "classification", "characters": "tagging", "words": "tagging"}
+
+
+def requests(count: int, seed: int) -> list[tuple[str, str, str, int]]:
+    """Return texts with their intent, city, and where the city begins."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        intent, city = rng.choice(list(ASKED)), rng.choice(CITIES)
+        pattern = rng.choice(ASKED[intent])
+        made.append((pattern.format(city), intent, city, pattern.index("{")))
+    return made
+
+
+def parted(text: str, city: str, start: int, by_word: bool) -> tuple[list[str], list[str]]:
+    """Return tokens and tags: of characters, or of words, the city being one."""
+    before, after = text[:start], text[start + len(city) :]
+    if by_word:
+        return [*before, city, *after], ["O"] * len(before) + ["B-city"] + ["O"] * len(after)
+    tags = ["O"] * len(before) + ["B-city"] + ["I-city"] * (len(city) - 1) + ["O"] * len(after)
+    return list(text), tags
+
+
+def write_specs(home: Path) -> dict[str, Path]:
+    specs = {}
+    for split, count in (("train", 150), ("dev", 30)):
+        rows = []
+        for text, intent, city, start in requests(count, seed=count):
+            row: dict[str, object] = {"text": text, "intent": intent}
+            for name, by_word in (("characters", False), ("words", True)):
+                row[f"{name}_tokens"], row[f"{name}_tags"] = parted(text, city, start, by_word)
+            rows.append(json.dumps(row, ensure_ascii=False))
+        (home / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for name, kind in KINDS.items():
+        columns = f"text: {name}_tokens\nlabel: {name}_tags\nmetric: slot_f1"
+        if kind == "classification":
+            columns = "text: text\nlabel: intent\nmetric: accuracy"
+        specs[name] = home / f"{name}.yaml"
+        specs[name].write_text(
+            f"name: {name}\nkind: {kind}\n{columns}\ndata: {{format: jsonl, train: train.jsonl, dev: dev.jsonl}}\n"
+        )
+    return specs
+
+
+@pytest.fixture(scope="module")
+def chinese(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, dict[str, Path], dict[str, Path]]:
+    """A Chinese base, and by task the spec and the trained branch."""
+    home = tmp_path_factory.mktemp("chinese")
+    base = load_base(str(checkpoint(home / "checkpoint", **CHECKPOINTS["chinese"])))
+    specs = write_specs(home)
+    for name, spec in specs.items():
+        train(load_spec(spec), base, 1, 1, Arguments(4, 5e-3, 8), home / "branches" / name, silent)
+    return base, specs, {name: home / "branches" / name for name in KINDS}
+
+
+@pytest.fixture(scope="module")
+def served(chinese: tuple[Base, dict[str, Path], dict[str, Path]]) -> Iterator[tuple[Client, Reference]]:
+    """A client of a real Triton that serves the Chinese tasks, and plain PyTorch to compare with."""
+    base, _, branches = chinese
+    repository = branches["intent"].parent.parent / "model_repository"
+    export(list(branches.values()), repository, threads=1, load=lambda name, revision: base)
+    http, grpc, metrics = free_ports(3)
+    log = repository.parent / "triton.log"
+    with (
+        TritonServer(repository, log_file=log, http_port=http, grpc_port=grpc, metrics_port=metrics) as server,
+        Client(server.grpc_url) as client,
+    ):
+        yield client, Reference(base, branches)
+
+
+@pytest.mark.parametrize("task", ["characters", "words"])
+def test_each_character_gets_the_tag_of_its_word(
+    task: str, chinese: tuple[Base, dict[str, Path], dict[str, Path]]
+) -> None:
+    base, specs, _ = chinese
+    data = load_data(load_spec(specs[task]))
+    assert data.labels == ("B-city", "I-city", "O"), "of tags by word, I-city is that of a city's further characters"
+    features = featurize(Kind.TAGGING, data.labels, base.tokenizer, base.max_length, data.train)
+    for feature, (text, _, city, start) in zip(features, requests(150, seed=150), strict=True):
+        want = parted(text, city, start, by_word=False)[1]
+        assert [data.labels[label] for label in feature["labels"][1:-1]] == want
+
+
+@pytest.mark.server
+def test_chinese_texts_are_answered_as_by_pytorch(served: tuple[Client, Reference]) -> None:
+    client, reference = served
+    texts = [*TEXTS, *(text for text, *_ in requests(20, seed=3))]
+    for text, answer in zip(texts, client.ask_batch(texts), strict=True):
+        intent, labels = answer["intent"], reference.labels("intent")
+        assert isinstance(intent, Classification)
+        want = reference.answer("intent", text)
+        np.testing.assert_allclose([intent.probabilities[label] for label in labels], want, atol=1e-4)
+        for task in ("characters", "words"):
+            tagging = answer[task]
+            assert isinstance(tagging, Tagging)
+            probabilities = reference.answer(task, text)
+            words, spans = decode(text, reference.encode(text).offsets, probabilities, reference.labels(task))
+            assert [(word.label, word.start, word.end) for word in tagging.tokens] == [
+                (word.label, word.start, word.end) for word in words
+            ]
+            assert [(span.label, span.start, span.end) for span in tagging.spans] == [
+                (span.label, span.start, span.end) for span in spans
+            ]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("task", ["characters", "words"])
+def test_cities_are_found_in_texts_without_spaces(task: str, served: tuple[Client, Reference]) -> None:
+    client, _ = served
+    asked = requests(20, seed=4)
+    answers = client.ask_batch([text for text, *_ in asked], tasks=[task])
+    for (text, _, city, start), answer in zip(asked, answers, strict=True):
+        found = answer[task]
+        assert isinstance(found, Tagging)
+        assert [(span.label, span.start, span.text) for span in found.spans] == [("city", start, city)]
+        assert [text[word.start : word.end] for word in found.tokens] == list(text)
+
+
+@pytest.mark.server
+def test_served_scores_of_chinese_tasks_are_those_of_training(
+    served: tuple[Client, Reference], chinese: tuple[Base, dict[str, Path], dict[str, Path]]
+) -> None:
+    for task, spec in chinese[1].items():
+        metrics = evaluate(served[0], load_spec(spec), 16, lambda done, total: None)
+        _, card = served[1].loaded[task]
+        assert metrics == pytest.approx(card.metrics)
+        assert card.score > 0.9
