@@ -48,7 +48,7 @@ TEXTS = (
 
 def checkpoint(folder: Path, special: tuple[str, ...], start: int = 0, **tokenizer: object) -> Path:
     """Write a BERT of two narrow layers: its vocabulary is single characters, its special tokens begin at `start`."""
-    pieces = [*CHARACTERS, *(f"##{character}" for character in LATIN), *",.?!。，？！[]<>"]
+    pieces = sorted({*CHARACTERS, *(f"##{character}" for character in LATIN), *",.?!。，？！[]<>"})
     vocabulary = [*pieces[:start], *special, *pieces[start:]]
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
@@ -182,7 +182,7 @@ def chinese(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, dict[str, P
     base = load_base(str(checkpoint(home / "checkpoint", **CHECKPOINTS["chinese"])))
     specs = write_specs(home)
     for name, spec in specs.items():
-        train(load_spec(spec), base, 1, 1, Arguments(4, 5e-3, 8), home / "branches" / name, silent)
+        train(load_spec(spec), base, 1, 1, Arguments(8, 5e-3, 8), home / "branches" / name, silent)
     return base, specs, {name: home / "branches" / name for name in KINDS}
 
 
