@@ -1,22 +1,25 @@
 """Which tap and how many layers for each task: the paper's "mixed", chosen jointly, since the trunk is shared.
 
 The paper adds task layers for as long as each brings at least c points on dev. Here every layer that is executed has
-that price, a trunk's as well as a task's: chosen is the plan with the largest (sum of the tasks' dev scores − c × cost),
-over all trunk depths and all candidates of all tasks. Where gains diminish this is the paper's rule task by task; where a
-second layer brings little and a third one much, the rule would stop too early and this does not.
+that price, the trunk's as well as a task's: chosen is the plan with the largest (sum of the tasks' dev scores − c ×
+cost), over all trunk depths and all candidates of all tasks. Where gains diminish this is the paper's rule, task by
+task; where a second layer brings little and a third one much, the rule would stop too early and this does not.
 
 Scores are in points (100 × the metric), means over seeds. Costs are in layers of the base, per text.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from espalier.branch import CARD_FILE, BranchCard, read_card
 from espalier.contract import Kind
+from espalier.costs import Costs, executed
 from espalier.errors import BranchError, SpecError
+from espalier.plan import Plan, PlannedTask, write_plan
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What is measured of a model on one machine, in milliseconds per text (export.costs)."""
-
-    trunk: Mapping[int, float]  # by tap: all layers below it
-    heads: Mapping[tuple[Kind, int], float]  # by kind and task layers
-    folded: float  # a folded layer as a fraction of a full one
-
-
-@dataclass(frozen=True)
 class Selection:
     """One candidate per task, on one trunk."""
 
@@ -80,18 +74,11 @@ class Selection:
 
     def folded_layers(self, costs: Costs) -> float:
         """Layers executed, a folded one counted as the fraction that it was measured to cost."""
-        return self.tap + sum(folded_layers(candidate, costs.folded) for candidate in self.chosen)
+        return self.tap + sum(executed(c.kind, c.layers, costs.folded) for c in self.chosen)
 
     def milliseconds(self, costs: Costs) -> float:
         """Measured time per text, in milliseconds: of the trunk and of every head."""
         return costs.trunk[self.tap] + sum(costs.heads[c.kind, c.layers] for c in self.chosen)
-
-
-def folded_layers(candidate: Candidate, folded: float) -> float:
-    """Task layers of a candidate; the last one of a head that reads [CLS] alone is folded."""
-    if candidate.kind is Kind.TAGGING or candidate.layers == 0:
-        return candidate.layers
-    return candidate.layers - 1 + folded
 
 
 def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
@@ -200,3 +187,36 @@ def _by_depth(candidates: Sequence[Candidate]) -> list[list[list[Candidate]]]:
         for depth in sorted({candidate.tap for candidate in candidates})
         if all(reachable := [[c for c in candidates if c.task == task and c.tap <= depth] for task in tasks])
     ]
+
+
+def write(path: Path, plan: Selection, threshold: float) -> None:
+    """Write `plan` as YAML, the best branch of each candidate in it."""
+    notes = {}
+    for c in plan.chosen:
+        spread = "" if c.spread is None else f" ± {c.spread:.1f}"
+        made = "distilled" if c.distilled else "not distilled"
+        notes[c.task] = f"{c.metric} {c.score:.1f}{spread} on dev, {len(c.scores)} seeds, {made}"
+    header = (
+        f"Selected with a threshold of {threshold:g} points a layer: trunk of {plan.tap} layers, {plan.layers} layers\n"
+        f"executed for {len(plan.chosen)} tasks, mean dev score {plan.score:.2f}.\n"
+        "Edit it freely, then: espalier export --plan THIS-FILE"
+    )
+    tasks = {c.task: PlannedTask(branch=c.best, tap=c.tap, layers=c.layers) for c in plan.chosen}
+    write_plan(path, Plan(tasks=tasks), notes, header)
+
+
+def summary(plan: Selection, plans: Sequence[Selection], costs: Costs, depth: int) -> dict[str, Any]:
+    """Return the plan and the front as plain values; `depth` is the number of layers of the base."""
+
+    def point(selection: Selection) -> dict[str, Any]:
+        return {
+            "score": selection.score,
+            "layers": selection.layers,
+            "layers_fraction": selection.layers / (depth * len(selection.chosen)),
+            "folded_layers": selection.folded_layers(costs),
+            "folded_fraction": selection.folded_layers(costs) / (depth * len(selection.chosen)),
+            "ms_per_text": selection.milliseconds(costs),
+            "tasks": {c.task: {"tap": c.tap, "layers": c.layers, "score": c.score} for c in selection.chosen},
+        }
+
+    return {"plan": point(plan), "front": [point(other) for other in plans], "folded_layer": costs.folded}
