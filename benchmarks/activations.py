@@ -21,7 +21,7 @@ from espalier.encoder import Base, load_base
 from espalier.spec import TaskSpec, load_spec
 from training.activations import ActivationCache
 from training.finetune import train
-from training.fit import Arguments, Progress
+from training.trainer import Arguments, Progress
 
 ROUNDS = 3
 

@@ -8,15 +8,19 @@ from clients.results import Answer, Classification, Regression, Tagging
 from espalier.errors import RequestError
 from espalier.spec import TaskSpec
 from espalier.tagging import OUTSIDE
-from training.data import Example, check_ignored, load_split
+from training.data import Example, check_ignored, load_split, sample
 from training.metrics import gold, score
 
 
 def evaluate(
-    client: Client, spec: TaskSpec, batch_size: int = 16,
-    report: Callable[[int, int], None] = lambda done, total: None, split: str = "dev",
-) -> dict[str, float]:  # fmt: skip
-    """Ask the server for every row of `spec`'s `split`, dev or test, and return the metrics of the answers.
+    client: Client,
+    spec: TaskSpec,
+    batch_size: int = 16,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    max_rows: int | None = None,
+    split: str = "dev",
+) -> dict[str, float]:
+    """Ask the server for every row of `split`, dev or test, or a sample of `max_rows`; return the answers' metrics.
 
     `report` is told the rows answered and all rows. A label that only this split has counts as not found.
     """
@@ -25,7 +29,7 @@ def evaluate(
         raise RequestError(f"the server's task {spec.name!r} is a {deployed.kind} task, the spec's a {spec.kind} task")
     if deployed is not None:
         check_ignored(spec, deployed.labels)
-    examples = load_split(spec, split)
+    examples = sample(load_split(spec, split), max_rows)
     predicted: list[Any] = []
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]

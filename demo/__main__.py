@@ -77,7 +77,7 @@ def train_branches() -> list[Path]:
         from espalier.encoder import load_base
         from training.distill import distill
         from training.finetune import train
-        from training.fit import Arguments
+        from training.trainer import Arguments
 
         base = load_base(BASE)
     served = []

@@ -18,8 +18,9 @@ from espalier.repository import Repository
 if TYPE_CHECKING:
     from clients import Client
     from espalier.branch import BranchCard
+    from espalier.spec import TaskSpec
     from training.activations import ActivationCache
-    from training.fit import Report
+    from training.trainer import Report
 
 app = typer.Typer(
     help="Many NLP tasks on one frozen BERT trunk, served as one Triton ensemble.",
@@ -37,10 +38,14 @@ Epochs = Annotated[int, typer.Option(help="Passes over train; the best one on de
 LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same branch on the same machine.")]
-MaxTrain = Annotated[int | None, typer.Option(help="Use the first so many rows of train.")]
+MaxTrain = Annotated[int | None, typer.Option(help="Use a sample of so many rows of train, the same in every run.")]
 Data = Annotated[
     Path | None, typer.Option("--data", help="Folder of the spec's data paths. [default: the spec's own folder]")
 ]
+Warmup = Annotated[float, typer.Option(help="Part of the run over which the learning rate rises.")]
+WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
+MaxDev = Annotated[int | None, typer.Option(help="Use a sample of so many rows of dev, the same in every run.")]
+SpecMoved = Annotated[Path | None, typer.Option(help="The task's spec file, if its data moved since.")]
 UseCache = Annotated[
     bool, typer.Option("--cache", help="Run the trunk once, and keep its activations in .activations beside OUT.")
 ]
@@ -66,6 +71,9 @@ def train(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     max_train: MaxTrain = None,
+    max_dev: MaxDev = None,
+    warmup: Warmup = 0.1,
+    weight_decay: WeightDecay = 0.01,
     use_cache: UseCache = False,
     cache_limit: CacheLimit = 20.0,
     out: Annotated[Path | None, typer.Option(help="The branch folder. [default: branches/TASK]")] = None,
@@ -79,10 +87,10 @@ def train(
     out = out or Path("branches") / task.name
     with show.waiting("loading the base"):
         from training.finetune import train as fine_tune
-        from training.fit import Arguments
+        from training.trainer import Arguments
 
         loaded = load_base(base, revision)
-    arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
+    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
     with training_progress(task.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
         card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report, cache)
@@ -98,13 +106,16 @@ def distill(
         Literal["teacher", "pretrained"], typer.Option(help="Start from the teacher's bottommost layers or the base's.")
     ] = "teacher",
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the teacher had it.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="The task's spec file, if its data moved since.")] = None,
+    spec: SpecMoved = None,
     data: Data = None,
     epochs: Epochs = 4,
     learning_rate: LearningRate = 5e-5,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     max_train: MaxTrain = None,
+    max_dev: MaxDev = None,
+    warmup: Warmup = 0.1,
+    weight_decay: WeightDecay = 0.01,
     use_cache: UseCache = False,
     cache_limit: CacheLimit = 20.0,
     as_json: Json = False,
@@ -112,26 +123,99 @@ def distill(
     """Distil a branch to fewer layers: same trunk, same tap, same task."""
     from espalier.branch import read_card
     from espalier.encoder import load_base
-    from espalier.spec import load_spec
 
     card = read_card(teacher)
-    task = load_spec(spec, data) if spec else None
+    task = _moved(spec, data)
     with show.waiting("loading the base"):
         from training.distill import Init
         from training.distill import distill as distil_branch
-        from training.fit import Arguments
+        from training.trainer import Arguments
 
         loaded = load_base(base) if base else load_base(card.base, card.revision)
-    arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
+    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
     with training_progress(card.spec.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
         student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task, cache, Init(init))
     _print_branch(student, out, trained, as_json)
 
 
+@app.command(epilog="Example: `espalier card branches/sst2`")
+def card(
+    branch: Annotated[Path, typer.Argument(help="The branch folder.")],
+    out: Annotated[Path | None, typer.Option(help="The card's folder. [default: BRANCH-card]")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Mistakes to show at most.")] = 20,
+    spec: SpecMoved = None,
+    data: Data = None,
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the branch had it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Describe a branch in Markdown: scores, data, worst mistakes, how it was made. It quotes rows of dev."""
+    from espalier.branch import read_card
+    from espalier.encoder import load_base
+
+    known = read_card(branch)
+    task = _moved(spec, data)
+    out = out or branch.resolve().parent / f"{branch.resolve().name}-card"
+    with show.waiting("loading the base"):
+        from training.card import make_card
+
+        loaded = load_base(base) if base else load_base(known.base, known.revision)
+    with _bar() as bar:
+        row = bar.add_task(known.spec.name, total=None, note="")
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(row, description=f"{known.spec.name}: {what}", completed=done, total=total)
+
+        made = make_card(branch, loaded, out, rows, report, task, base)
+        bar.update(row, visible=False)
+    if as_json:
+        _print_json({"task": known.spec.name, "card": str(made.page), "metrics": made.metrics, "doubts": made.doubts})
+    else:
+        show.card(made, known)
+
+
+@app.command(epilog="Example: `espalier select searches/sst2 searches/mrpc --threshold 0.5`")
+def select(
+    folders: Annotated[list[Path], typer.Argument(help="Folders with the branches of all tasks, at any depth.")],
+    threshold: Annotated[float, typer.Option(help="Points on dev that one layer more must bring.")] = 0.5,
+    count: Annotated[
+        Literal["executed", "folded"], typer.Option(help="Count layers as executed, or a folded one as it costs.")
+    ] = "executed",
+    out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.yaml"),
+    front: Annotated[Path, typer.Option(help="The plot of score against cost to write.")] = Path("front.png"),
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the branches had it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose tap and layers for each task, jointly, and write a plan for `espalier export --plan`."""
+    from espalier.branch import read_card
+    from espalier.costs import executed
+    from espalier.encoder import load_base
+
+    with show.waiting("reading the branches") as status:
+        from export.costs import measure
+        from training import selection
+        from training.front import plot_front
+
+        candidates = selection.find_candidates(folders)
+        card = read_card(candidates[0].branches[0])
+        loaded = load_base(base) if base else load_base(card.base, card.revision)
+        status.update("measuring what heads and trunks cost")
+        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers) for c in candidates})
+    folded = costs.folded if count == "folded" else 1.0
+    plan = selection.select(candidates, threshold, lambda c: executed(c.kind, c.layers, folded))
+    plans = selection.front(candidates)
+    selection.write(out, plan, threshold)
+    plot_front(front, plans, plan, costs, loaded.config.num_hidden_layers)
+    if as_json:
+        _print_json(selection.summary(plan, plans, costs, loaded.config.num_hidden_layers))
+    else:
+        show.selection(plan, plans, costs, loaded.config.num_hidden_layers, out, front)
+
+
 @app.command(epilog="Example: `espalier export branches/sst2-1 branches/mrpc --target cpu`")
 def export(
-    branches: Annotated[list[Path], typer.Argument(help="Branch folders to add or replace.")],
+    branches: Annotated[list[Path] | None, typer.Argument(help="Branch folders to add or replace.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Add or replace the branches of this plan.")] = None,
     repository: RepositoryPath = Path("model_repository"),
     target: Annotated[Target, typer.Option(help="cpu: FP32; gpu: FP16.")] = Target.CPU,
     threads: Annotated[
@@ -142,13 +226,15 @@ def export(
 ) -> None:
     """Write branches into a model repository. Heads of other tasks stay as they are, byte for byte."""
     with show.waiting("exporting") as status:
+        from export.plan import planned_branches
         from export.repository import Exported
         from export.repository import export as export_branches
 
         def report(exported: Exported) -> None:
             status.update(f"exporting: {exported.model} done")
 
-        done = export_branches(branches, repository, target, threads, base, report=report)
+        wanted = [*(branches or ()), *(planned_branches(plan) if plan else ())]
+        done = export_branches(wanted, repository, target, threads, base, report=report)
     if as_json:
         _print_json([{"model": e.model, "written": e.written, "difference": e.difference} for e in done])
     else:
@@ -247,7 +333,7 @@ def evaluate(
         def report(done: int, total: int) -> None:
             bar.update(row, completed=done, total=total)
 
-        metrics = score(client, task, batch_size, report, split)
+        metrics = score(client, task, batch_size, report, split=split)
         head = client.tasks()[task.name]
     if as_json:
         offline = {"offline": head.score} if split == "dev" else {}
@@ -268,6 +354,15 @@ def connect(url: str | None, http: bool, timeout: float) -> "Iterator[Client]":
         yield client
 
 
+def _moved(spec: Path | None, data: Path | None) -> "TaskSpec | None":
+    """Return the spec that says where a branch's data is now, if one was given."""
+    from espalier.spec import load_spec
+
+    if spec is None and data is not None:
+        raise SpecError(f"--data {data} says where the paths of a spec file begin; name that file with --spec")
+    return load_spec(spec, data) if spec else None
+
+
 def _cache(out: Path, limit: float) -> "ActivationCache":
     from training.activations import ActivationCache
 
@@ -284,7 +379,7 @@ def _bar() -> Progress:
 @contextmanager
 def training_progress(name: str) -> "Iterator[Report]":
     """Show a bar over the optimizer steps and the dev metrics after each epoch."""
-    from training.fit import Progress as Step
+    from training.trainer import Progress as Step
 
     with _bar() as bar:
         row = bar.add_task(name, total=None, note="")
@@ -306,7 +401,7 @@ def training_progress(name: str) -> "Iterator[Report]":
 
 def _print_branch(card: "BranchCard", out: Path, trained: bool, as_json: bool) -> None:
     if as_json:
-        keep = {"labels", "base", "revision", "tap", "layers", "metrics", "fingerprint", "arguments"}
+        keep = {"labels", "base", "revision", "tap", "layers", "metrics", "fingerprint", "arguments", "stopped"}
         _print_json({"task": card.spec.name, "branch": str(out), "trained": trained, **card.model_dump(include=keep)})
     else:
         show.branch(card, out, trained)

@@ -80,6 +80,13 @@ class CRF(nn.Module):
         """Return the log-probability [B] of the paths `tags`; shapes as in `path_score`."""
         return self.path_score(emissions, words, tags) - self.log_partition(emissions, words)
 
+    def marginals(self, emissions: Tensor, words: Tensor) -> Tensor:
+        """Return the probability of each label at each word, over all paths, [B,S,C]; 0 where no word begins."""
+        with torch.enable_grad():
+            given = emissions.detach().requires_grad_()
+            total = self.log_partition(given, words).sum()
+        return torch.autograd.grad(total, given)[0]  # what the forward-backward algorithm computes
+
     @torch.no_grad()
     def viterbi(self, emissions: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best path's labels [B,S], NO_WORD where no word begins, and its score [B], 0 without words.

@@ -4,6 +4,7 @@
     ├── SpecError             a task spec is wrong
     ├── DataError             a data file or data set is wrong
     ├── CheckpointError       a base checkpoint cannot be used as a trunk
+    ├── TrainingError         a training failed: its loss was not finite, or memory did not suffice
     ├── BranchError           a branch file is missing, damaged or does not fit the request
     ├── ContractError         a model folder breaks the model-repository contract
     │   └── FingerprintError  it belongs to another trunk
@@ -30,6 +31,7 @@ __all__ = [
     "RequestError",
     "ServerError",
     "SpecError",
+    "TrainingError",
     "UnavailableError",
     "UnknownTaskError",
 ]
@@ -49,6 +51,10 @@ class DataError(EspalierError):
 
 class CheckpointError(EspalierError):
     """A base checkpoint cannot be used as a trunk."""
+
+
+class TrainingError(EspalierError):
+    """A training failed: its loss was not finite, or memory did not suffice."""
 
 
 class BranchError(EspalierError):

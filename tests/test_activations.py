@@ -21,7 +21,7 @@ from training.data import load_data
 from training.distill import distill
 from training.features import collate, featurize
 from training.finetune import train
-from training.fit import Arguments, Progress
+from training.trainer import Arguments, Progress
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ def test_sums_and_maxima_are_those_over_all_paths(labels: tuple[str, ...], masks
     with torch.no_grad():
         partition, chance = crf.log_partition(emissions, words), crf.log_likelihood(emissions, words, tags)
     best, score = crf.viterbi(emissions, words)
+    marginals = crf.marginals(emissions, words)
     for row, own in enumerate(words):
         every = paths(crf, emissions[row, own])
         total = np.logaddexp.reduce(list(every.values()))
@@ -71,6 +72,12 @@ def test_sums_and_maxima_are_those_over_all_paths(labels: tuple[str, ...], masks
         assert score[row].item() == pytest.approx(max(every.values()), abs=1e-4)
         assert every[tuple(best[row, own].tolist())] == pytest.approx(max(every.values()), abs=1e-4)
         assert (best[row, ~own] == NO_WORD).all()
+        assert not marginals[row, ~own].any()
+        if own.any():  # the first word's labels, each summed over the paths that begin with it
+            chances = [0.0] * len(labels)
+            for path, value in every.items():
+                chances[path[0]] += np.exp(value - total)
+            np.testing.assert_allclose(marginals[row, own][0], chances, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -377,12 +377,17 @@ def test_numbers_have_no_labels(tmp_path: Path) -> None:
     assert load_data(task(tmp_path, "tsv", rows("1", "2"), rows("3"), kind="regression")).labels == ()
 
 
-def test_max_train_keeps_the_first_rows_of_train(tmp_path: Path) -> None:
-    spec = task(tmp_path, "tsv", rows("a", "b", "c"), rows("a", "b", "a"))
-    data = load_data(spec, max_train=2)
-    assert [example.label for example in data.train] == ["a", "b"]
-    assert len(data.dev) == 3
-    assert data.labels == ("a", "b")
+def test_a_sample_of_each_split_keeps_order_and_labels(tmp_path: Path) -> None:
+    every = [f"text {i}\t{'rare' if i == 0 else 'ab'[i % 2]}" for i in range(200)]
+    spec = task(tmp_path, "tsv", "\n".join(["text\tlabel", *every]), "\n".join(["text\tlabel", *every[1:]]))
+    data = load_data(spec, max_train=50, max_dev=20)
+    assert load_data(spec, max_train=50, max_dev=20) == data
+    places = [int(example.texts[0].split()[1]) for example in data.train]
+    assert len(places) == 50
+    assert places == sorted(places)
+    assert max(places) > 150, "not just the first rows"
+    assert len(data.dev) == 20
+    assert data.labels == ("a", "b", "rare"), "of the whole of train"
 
 
 def tagged(folder: Path, train: str, **changes: Any) -> TaskSpec:

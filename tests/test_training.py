@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from espalier.branch import BranchCard, load_branch
+from espalier.branch import BranchCard, Teacher, load_branch
 from espalier.contract import Kind, Structure
 from espalier.crf import CRF
 from espalier.encoder import Base
-from espalier.errors import BranchError, DataError, FingerprintError, SpecError
+from espalier.errors import BranchError, DataError, FingerprintError, SpecError, TrainingError
 from espalier.spec import TaskSpec, load_spec
 from espalier.tagging import Scheme
+from training.card import make_card
 from training.data import load_data
 from training.distill import TEMPERATURE, Init, distill, soft_loss
 from training.features import IGNORED, collate, featurize
 from training.finetune import hard_loss, new_branch, train
-from training.fit import Arguments, Progress
 from training.metrics import decode, gold, score
+from training.trainer import Arguments, Progress
 
 QUICK = Arguments(epochs=3, learning_rate=5e-3, batch_size=8, seed=1)
 COLOURS = ("red", "green", "blue")
@@ -112,6 +113,8 @@ def test_a_branch_with_a_crf_learns_and_so_does_its_student(tiny: Base, tmp_path
     for path, written in ((tmp_path / "branch", card), (tmp_path / "student", student)):
         assert written.score > 0.9
         assert evaluate(spec, tiny, path) == pytest.approx(written.metrics, abs=1e-5)
+        described = make_card(path, tiny, tmp_path / f"{path.name}-card", 5, lambda what, done, total: None)
+        assert described.metrics == pytest.approx(written.metrics, abs=1e-5)
         branch, _ = load_branch(path)
         assert branch.crf is not None
         begin, inside, outside = (written.labels.index(label) for label in ("B-thing", "I-thing", "O"))
@@ -331,6 +334,72 @@ def teacher(spec: TaskSpec, tiny: Base, tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_epoch(tiny: Base, tmp_path: Path) -> None:
+    spec = load_spec(write_task(tmp_path, Kind.REGRESSION))
+    # A weight decay that multiplies the weights by -8 in each step: still finite after the first epoch of 8 steps.
+    runaway = Arguments(epochs=9, learning_rate=0.9, batch_size=8, weight_decay=10.0, warmup=0.0)
+    card, _ = train(spec, tiny, 1, 1, runaway, tmp_path / "branch", silent)
+    assert card.stopped is not None
+    assert re.match(r"the (loss was (inf|nan) in step \d+|answers on dev .*); lower the learning rate", card.stopped)
+    assert 1 <= len(card.history) < 9
+    assert evaluate(spec, tiny, tmp_path / "branch") == pytest.approx(card.metrics, abs=1e-5)
+    assert train(spec, tiny, 1, 1, runaway, tmp_path / "branch", silent) == (card, False)
+
+
+def test_a_loss_that_is_never_finite_leaves_no_branch(tiny: Base, tmp_path: Path) -> None:
+    spec = load_spec(write_task(tmp_path, Kind.REGRESSION))
+    train_file = tmp_path / "train.jsonl"
+    train_file.write_text(re.sub(r'"size": [0-9.]+', '"size": 1e30', train_file.read_text()))
+    with pytest.raises(TrainingError, match=r"before the end of its first epoch: the loss was inf in step 1"):
+        train(spec, tiny, 1, 1, QUICK, tmp_path / "branch", silent)
+    assert not (tmp_path / "branch").exists()
+
+
+def test_too_little_memory_says_what_to_lower(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spec = write_task(tmp_path, Kind.CLASSIFICATION, rows=4000)
+    code = f"""
+import resource
+from pathlib import Path
+from espalier.encoder import load_base
+from espalier.errors import TrainingError
+from espalier.spec import load_spec
+from training.finetune import train
+from training.trainer import Arguments
+
+spec, base = load_spec(Path({str(spec)!r})), load_base({str(tiny_checkpoint)!r})
+def run(name, size):
+    arguments = Arguments(epochs=1, batch_size=size, max_train=size)
+    train(spec, base, 1, 2, arguments, Path({str(tmp_path)!r}, name), lambda _: None)
+run("small", 8)  # threads and libraries take their share before the limit is set
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
+try:
+    run("large", 4000)
+except TrainingError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.match(r"out of memory with batches of 4000 rows of up to 12 tokens; lower --batch-size", done.stdout)
+
+
+def test_branches_do_not_depend_on_what_else_is_trained(tiny: Base, tmp_path: Path) -> None:
+    specs = {}
+    for kind in (Kind.CLASSIFICATION, Kind.TAGGING):
+        (tmp_path / kind).mkdir()
+        specs[kind] = load_spec(write_task(tmp_path / kind, kind))
+
+    def train_in_order(*order: Kind) -> dict[Kind, bytes]:
+        home = tmp_path / "-".join(order)
+        for kind in order:
+            train(specs[kind], tiny, 1, 1, QUICK, home / kind, silent)
+        return {kind: (home / kind / "branch.safetensors").read_bytes() for kind in order}
+
+    together = train_in_order(Kind.CLASSIFICATION, Kind.TAGGING)
+    assert train_in_order(Kind.TAGGING, Kind.CLASSIFICATION) == together
+    for kind, weights in together.items():
+        assert train_in_order(kind) == {kind: weights}
+
+
 @pytest.mark.parametrize("kind", list(Kind))
 def test_a_student_learns_from_its_teacher(kind: Kind, tiny: Base, tmp_path: Path) -> None:
     spec = load_spec(write_task(tmp_path, kind, rows=200))
@@ -338,7 +407,8 @@ def test_a_student_learns_from_its_teacher(kind: Kind, tiny: Base, tmp_path: Pat
     teacher, _ = train(spec, tiny, 1, 2, arguments, tmp_path / "teacher", silent)
     student, trained = distill(tmp_path / "teacher", tiny, 1, arguments, tmp_path / "student", silent)
     assert trained
-    assert (student.tap, student.layers, student.teacher) == (1, 1, teacher.digest)
+    assert (student.tap, student.layers) == (1, 1)
+    assert student.teacher == Teacher(digest=teacher.digest, folder=tmp_path / "teacher", init=Init.TEACHER)
     assert student.score > 0.85
     assert evaluate(spec, tiny, tmp_path / "student") == pytest.approx(student.metrics, abs=1e-5)
 

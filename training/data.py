@@ -5,6 +5,7 @@ Every problem is a DataError that says file, line and what.
 
 import csv
 import json
+import random
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from espalier.contract import Kind, Structure
 from espalier.errors import DataError, SpecError
 from espalier.files import digest
 from espalier.spec import ConllData, HubData, LinesData, TableData, TaskSpec
-from espalier.tagging import Scheme, parse
+from espalier.tagging import Scheme, count_words, parse
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,24 @@ class TaskData:
         return digest(repr(self.labels), str(len(self.train)), *rows)
 
 
-def load_data(spec: TaskSpec, max_train: int | None = None) -> TaskData:
-    """Read and check train and dev of `spec`; `max_train` keeps the first so many training rows.
+def load_data(spec: TaskSpec, max_train: int | None = None, max_dev: int | None = None) -> TaskData:
+    """Read and check train and dev of `spec`; of each keep a sample of at most so many rows.
 
-    Labels come from train alone; one that only dev has is an error that names it.
+    Labels come from the whole of train, and from train alone; one that only dev has is an error that names it.
     """
-    train = load_split(spec, "train")
-    if max_train is not None:
-        train = train[:max_train]
-    dev = load_split(spec, "dev")
-    if spec.kind is Kind.REGRESSION:
-        return TaskData(train, dev, ())
-    labels = _labels(spec, train, dev)
+    train, dev = load_split(spec, "train"), load_split(spec, "dev")
+    labels = () if spec.kind is Kind.REGRESSION else _labels(spec, train, dev)
     check_ignored(spec, labels)
     if spec.structure is Structure.CRF:
         _check_scheme(spec, train, labels)
-    return TaskData(train, dev, labels)
+    return TaskData(sample(train, max_train), sample(dev, max_dev), labels)
+
+
+def sample(examples: list[Example], size: int | None) -> list[Example]:
+    """Return a random sample of `examples`, in their order; equal examples and sizes give the same sample."""
+    if size is None or size >= len(examples):
+        return examples
+    return [examples[row] for row in sorted(random.Random(0).sample(range(len(examples)), size))]
 
 
 def load_split(spec: TaskSpec, split: str) -> list[Example]:
@@ -80,12 +83,19 @@ def _source(spec: TaskSpec, split: str) -> str:
 
 def _labels(spec: TaskSpec, train: Sequence[Example], dev: Sequence[Example]) -> tuple[str, ...]:
     seen = _used(train)
+    parts = _parts(train) - seen
     if spec.labels is not None:
         for label in sorted(seen - set(spec.labels)):
             raise DataError(f"task {spec.name}: train has the label {label!r}, which the spec's labels leave out")
         for label in spec.labels:
-            if label not in seen:
+            if label not in seen | parts:
                 raise DataError(f"task {spec.name}: the spec lists the label {label!r}, but no row of train has it")
+        if left_out := sorted(parts - set(spec.labels)):
+            raise DataError(
+                f"task {spec.name}: train has words that the tokenizer takes for several; their further parts need the "
+                f"label {left_out[0]!r}, which the spec's labels leave out"
+            )
+    seen |= parts
     if unseen := sorted(_used(dev) - seen):
         raise DataError(
             f"task {spec.name}: dev has the label {unseen[0]!r}, which no row of train has; "
@@ -132,6 +142,16 @@ def _used(examples: Sequence[Example]) -> set[str]:
         else:
             used.add(str(example.label))
     return used
+
+
+def _parts(examples: Sequence[Example]) -> set[str]:
+    """Return the tags of the parts of words that are several words to the tokenizer, such as those of Chinese."""
+    parts: set[str] = set()
+    for example in examples:
+        if isinstance(example.label, tuple):
+            for (start, end), tag in zip(example.words, example.label, strict=True):
+                parts.update(spread(tag, count_words(example.texts[0][start:end])))
+    return parts
 
 
 def _example(spec: TaskSpec, row: dict[str, Any], where: str) -> Example:
@@ -194,6 +214,23 @@ def _tagged(tokens: Any, tags: Any, where: str) -> Example:
         spans.append((start, start + len(word)))
         start += len(word) + 1
     return Example((" ".join(words),), tuple(marks), tuple(spans))
+
+
+def spread(tag: str, parts: int) -> list[str]:
+    """Spread the BIO or BIOES tag of one word over `parts` parts of it."""
+    if parts <= 1:
+        return [tag] * parts
+    prefix, _, name = tag.partition("-")
+    inside = f"I-{name}"
+    match prefix:
+        case "B":
+            return [tag] + [inside] * (parts - 1)
+        case "S":
+            return [f"B-{name}"] + [inside] * (parts - 2) + [f"E-{name}"]
+        case "E":
+            return [inside] * (parts - 1) + [tag]
+        case _:
+            return [tag] * parts
 
 
 # --- readers: each yields a row and where it stands -------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import set_seed
 
-from espalier.branch import Branch, BranchCard
+from espalier.branch import Branch, BranchCard, check_place
 from espalier.contract import Kind, Structure
 from espalier.crf import CRF
 from espalier.encoder import Base
@@ -17,9 +17,10 @@ from espalier.spec import TaskSpec
 from training.activations import ActivationCache
 from training.data import TaskData, load_data
 from training.features import IGNORED
-from training.fit import Arguments, Report, fit, up_to_date, workshop
+from training.fit import fit, up_to_date, workshop
+from training.trainer import Arguments, Report
 
-RECIPE = "1"
+RECIPE = "3"
 """Changes whenever the same inputs would train another branch, so that no branch of an older recipe is reused."""
 
 
@@ -39,11 +40,12 @@ def train(
     if not 0 <= layers <= depth - tap:
         raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
     out = out.resolve()
-    data = load_data(spec, arguments.max_train)
-    inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache)
+    data = load_data(spec, arguments.max_train, arguments.max_dev)
+    inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache is not None)
     if card := up_to_date(out, inputs):
         return card, False
 
+    check_place(out)
     set_seed(arguments.seed)
     crf = CRF(data.labels) if spec.structure is Structure.CRF else None
     branch = new_branch(base, spec.kind, tap, layers, len(data.labels), crf)
@@ -70,15 +72,16 @@ def new_branch(base: Base, kind: Kind, tap: int, layers: int, labels: int, crf: 
 
 def inputs_digest(
     spec: TaskSpec, data: TaskData, base: Base, start: str, tap: int, layers: int, arguments: Arguments,
-    cache: ActivationCache | None,
+    cached: bool,
 ) -> str:  # fmt: skip
     """Return the digest of all that a training depends on; `start` is the identity of the initial weights.
 
-    The base's name counts, too: it goes into the card, and export loads the base by it. So does whether a cache is
-    used: it rounds to FP16.
+    The base's name counts, too: it goes into the card, and export loads the base by it. So does whether
+    activations are cached: that rounds them to FP16.
     """
-    plain = spec.model_dump_json(exclude={"data"})
-    numbers = repr([tap, layers, cache is not None, sorted(asdict(arguments).items())])
+    plain = spec.model_dump_json(exclude={"data"}, exclude_defaults=True)
+    asked = sorted((name, value) for name, value in asdict(arguments).items() if value is not None)
+    numbers = repr([tap, layers, cached, asked])
     return digest(RECIPE, plain, data.digest(), base.name, base.revision, start, numbers)
 
 
