@@ -1,0 +1,52 @@
+"""Plots as PNG files. Only matplotlib's objects are used: no backend, style or figure of the process is touched."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from espalier.files import write_whole
+
+INK, GRID, FILL, LINE = "#333333", "#e3e3e3", "#cfe0f1", "#2f6fab"
+DPI = 160
+
+
+def box_plot(groups: Mapping[str, Sequence[float]], x_label: str, y_label: str, path: Path) -> None:
+    """Write one box per group, in order: quartiles, median, whiskers to 1.5 times their range, and every value."""
+    figure, axes = new_figure(max(3.6, 1.6 + 0.8 * len(groups)), 3.4, x_label, y_label)
+    axes.boxplot(
+        list(groups.values()), tick_labels=list(groups), widths=0.5, showfliers=False, patch_artist=True,
+        boxprops={"facecolor": FILL, "edgecolor": LINE}, whiskerprops={"color": LINE}, capprops={"color": LINE},
+        medianprops={"color": LINE, "linewidth": 2.0},
+    )  # fmt: skip
+    for position, values in enumerate(groups.values(), start=1):
+        axes.scatter([position] * len(values), values, s=14, color=INK, alpha=0.6, linewidths=0, zorder=3)
+    axes.tick_params(axis="x", length=0)
+    write_figure(figure, path)
+
+
+def new_figure(width: float, height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """Return an empty figure of `width` by `height` inches and its axes, in the style of all our plots."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    return figure, axes
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path` as PNG, whole; equal figures give equal files."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
+    write_whole(path, content.getvalue())
