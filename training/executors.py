@@ -208,6 +208,8 @@ class Cluster:
     def __init__(self, shared: Shared, address: str, jobs: int | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's later default; it warns without
+        if address == LOCAL_RAY:
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for listening on loopback alone
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -238,10 +240,8 @@ class Cluster:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         if address == LOCAL_RAY:
             home = self._files.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
-            options |= {
-                "num_cpus": (self._jobs or 1) * self._threads, "include_dashboard": False, "_temp_dir": home,
-                "_node_ip_address": "127.0.0.1",
-            }  # fmt: skip
+            cpus = (self._jobs or 1) * self._threads
+            options |= {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": home}
         try:
             self._ray.init(address, **options)
         except (OSError, RuntimeError, ValueError, TimeoutError) as error:
@@ -284,11 +284,10 @@ class Cluster:
 def _on_ray(carried: tuple[Shared, Mapping[str, bytes] | None], trial: Trial, inputs: str) -> Made:
     """Run a trial in a Ray worker; one whose worker was killed goes on, on the same machine, from its last epoch."""
     shared, teacher = carried
-    root = Path(tempfile.gettempdir()) / f"espalier-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise SearchError(f"{root} on {platform.node()} belongs to another user")
-    home = root / inputs[:24]
+    home = Path(tempfile.gettempdir()) / f"espalier-{os.getuid()}-{inputs[:24]}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    if home.stat().st_uid != os.getuid():
+        raise SearchError(f"{home} on {platform.node()} belongs to another user; remove it")
     shared = replace(shared, folder=home)
     if teacher is not None:
         shared = replace(shared, teacher=home / "teacher")

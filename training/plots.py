@@ -13,6 +13,7 @@ from espalier.files import write_whole
 
 INK, GRID, FILL, LINE = "#333333", "#e3e3e3", "#cfe0f1", "#2f6fab"
 DPI = 160
+SPREAD = 0.36  # of the distance between two boxes
 
 
 def box_plot(groups: Mapping[str, Sequence[float]], x_label: str, y_label: str, path: Path) -> None:
@@ -24,7 +25,9 @@ def box_plot(groups: Mapping[str, Sequence[float]], x_label: str, y_label: str, 
         medianprops={"color": LINE, "linewidth": 2.0},
     )  # fmt: skip
     for position, values in enumerate(groups.values(), start=1):
-        axes.scatter([position] * len(values), values, s=14, color=INK, alpha=0.6, linewidths=0, zorder=3)
+        # Side by side, so that equal values are seen.
+        places = [position + SPREAD * ((at + 0.5) / len(values) - 0.5) for at in range(len(values))]
+        axes.scatter(places, values, s=14, color=INK, alpha=0.6, linewidths=0, zorder=3)
     axes.tick_params(axis="x", length=0)
     write_figure(figure, path)
 
@@ -36,7 +39,7 @@ def new_figure(width: float, height: float, x_label: str, y_label: str) -> tuple
     axes = figure.add_subplot()
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9)

@@ -125,11 +125,11 @@ class Result:
         }  # fmt: skip
 
     def groups(self, attribute: str) -> dict[str, list[float]]:
-        """Return the scores by the value that trials have for `attribute`."""
-        groups: dict[str, list[float]] = {}
-        for finished in sorted(self.trials, key=lambda finished: getattr(finished.trial, attribute)):
-            groups.setdefault(str(getattr(finished.trial, attribute)), []).append(self.score(finished))
-        return groups
+        """Return the scores by the value that trials have for `attribute`, in ascending order."""
+        groups: dict[Any, list[float]] = {}
+        for finished in self.trials:
+            groups.setdefault(getattr(finished.trial, attribute), []).append(self.score(finished))
+        return {str(value): groups[value] for value in sorted(groups)}
 
 
 def _deviation(scores: Sequence[float]) -> float | None:
