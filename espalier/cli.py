@@ -215,9 +215,48 @@ def search(
         show.search(result, out)
 
 
+@app.command(epilog="Example: `espalier select searches/sst2 searches/mrpc --threshold 0.5`")
+def select(
+    folders: Annotated[list[Path], typer.Argument(help="Folders with the branches of all tasks, at any depth.")],
+    threshold: Annotated[float, typer.Option(help="Points on dev that one layer more must bring.")] = 0.5,
+    count: Annotated[
+        Literal["executed", "folded"], typer.Option(help="Count layers as executed, or a folded one as it costs.")
+    ] = "executed",
+    out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.yaml"),
+    front: Annotated[Path, typer.Option(help="The plot of score against cost to write.")] = Path("front.png"),
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the branches had it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose tap and layers for each task, jointly, and write a plan for `espalier export --plan`."""
+    from espalier.branch import read_card
+    from espalier.costs import executed
+    from espalier.encoder import load_base
+
+    with show.waiting("reading the branches") as status:
+        from export.costs import measure
+        from training import selection
+        from training.front import plot_front
+
+        candidates = selection.find_candidates(folders)
+        card = read_card(candidates[0].branches[0])
+        loaded = load_base(base) if base else load_base(card.base, card.revision)
+        status.update("measuring what heads and trunks cost")
+        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers) for c in candidates})
+    folded = costs.folded if count == "folded" else 1.0
+    plan = selection.select(candidates, threshold, lambda c: executed(c.kind, c.layers, folded))
+    plans = selection.front(candidates)
+    selection.write(out, plan, threshold)
+    plot_front(front, plans, plan, costs, loaded.config.num_hidden_layers)
+    if as_json:
+        _print_json(selection.summary(plan, plans, costs, loaded.config.num_hidden_layers))
+    else:
+        show.selection(plan, plans, costs, loaded.config.num_hidden_layers, out, front)
+
+
 @app.command(epilog="Example: `espalier export branches/sst2-1 branches/mrpc --target cpu`")
 def export(
-    branches: Annotated[list[Path], typer.Argument(help="Branch folders to add or replace.")],
+    branches: Annotated[list[Path] | None, typer.Argument(help="Branch folders to add or replace.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Add or replace the branches of this plan.")] = None,
     repository: RepositoryPath = Path("model_repository"),
     target: Annotated[Target, typer.Option(help="cpu: FP32; gpu: FP16.")] = Target.CPU,
     threads: Annotated[
@@ -228,13 +267,15 @@ def export(
 ) -> None:
     """Write branches into a model repository. Heads of other tasks stay as they are, byte for byte."""
     with show.waiting("exporting") as status:
+        from export.plan import planned_branches
         from export.repository import Exported
         from export.repository import export as export_branches
 
         def report(exported: Exported) -> None:
             status.update(f"exporting: {exported.model} done")
 
-        done = export_branches(branches, repository, target, threads, base, report=report)
+        wanted = [*(branches or ()), *(planned_branches(plan) if plan else ())]
+        done = export_branches(wanted, repository, target, threads, base, report=report)
     if as_json:
         _print_json([{"model": e.model, "written": e.written, "difference": e.difference} for e in done])
     else:

@@ -18,9 +18,11 @@ from espalier.contract import HeadInfo
 if TYPE_CHECKING:
     from clients import Answer, Answers
     from espalier.branch import BranchCard
+    from espalier.costs import Costs
     from export.repository import Exported
     from serving.triton import TritonServer
     from training.search import Result
+    from training.selection import Selection
 
 output = Console()
 messages = Console(stderr=True)
@@ -89,6 +91,31 @@ def search(result: "Result", out: Path) -> None:
         f"next: {escape(next_step)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def selection(
+    plan: "Selection", plans: "Sequence[Selection]", costs: "Costs", depth: int, out: Path, front: Path
+) -> None:
+    """Print the chosen plan, and the plans that no other beats."""
+    table = Table("task", "metric", "dev score", "tap", "layers", "branch", title=str(out), title_justify="left")
+    for c in plan.chosen:
+        spread = "" if c.spread is None else f" ± {c.spread:.1f}"
+        table.add_row(c.task, c.metric, f"{c.score:.1f}{spread}", str(c.tap), str(c.layers), escape(str(c.best)))
+    output.print(table)
+    whole = depth * len(plan.chosen)
+    table = Table("", "mean score", "layers", "of all", "with folding", "of all", "ms per text")
+    for other in sorted({*plans, plan}, key=lambda p: (p.layers, p.score)):
+        folded = other.folded_layers(costs)
+        table.add_row(
+            "chosen" if other == plan else "", f"{other.score:.2f}", str(other.layers), f"{other.layers / whole:.0%}",
+            f"{folded:.1f}", f"{folded / whole:.0%}", f"{other.milliseconds(costs):.2f}",
+        )  # fmt: skip
+    output.print(table)
+    output.print(
+        f"Serving a whole model per task executes {whole} layers. A folded layer costs {costs.folded:.2f} of a full "
+        f"one here, at {costs.batch} texts of {costs.mean_length:.0f} tokens in the mean. Plot: {escape(str(front))}",
+        highlight=False,
+    )
 
 
 def exported(done: "Sequence[Exported]", repository: Path) -> None:

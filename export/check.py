@@ -1,6 +1,6 @@
 """Is the exported graph the model? Every ONNX file is run against plain PyTorch on random ragged batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,31 +49,40 @@ def random_batches(vocabulary: int, types: int, max_length: int, seed: int = 0) 
     longest = min(48, max_length)
     several = [list(rng.integers(2, longest, size=count)) for count in (1, 3, 1, 2, 1, 4)]
     for requests in ([[2]], [[max_length]], several):
-        lengths = np.array([length for request in requests for length in request])
-        widths = np.array([max(request) for request in requests for _ in request])
-        size = lengths.max()
-        ids = rng.integers(0, vocabulary, size=(len(lengths), size))
-        kinds = rng.integers(0, types, size=(len(lengths), size))
-        mask = np.arange(size) < lengths[:, None]
-        pad = [np.arange(width) < length for width, length in zip(widths, lengths, strict=True)]
+        yield ragged_batch(rng, requests, vocabulary, types)
 
-        def flat(values: Array, pad: list[Array] = pad, widths: Array = widths) -> Array:
-            rows = zip(values, pad, widths, strict=True)
-            return np.concatenate([np.where(real, row[:width], 0) for row, real, width in rows])
 
-        yield Batch(
-            flat(ids), flat(kinds), widths, lengths,
-            torch.from_numpy(ids), torch.from_numpy(kinds), torch.from_numpy(mask),
-        )  # fmt: skip
+def ragged_batch(rng: np.random.Generator, requests: Sequence[Sequence[int]], vocabulary: int, types: int) -> Batch:
+    """Return a batch of random tokens; `requests` are the lengths of the items of each request."""
+    lengths = np.array([length for request in requests for length in request])
+    widths = np.array([max(request) for request in requests for _ in request])
+    size = lengths.max()
+    ids = rng.integers(0, vocabulary, size=(len(lengths), size))
+    kinds = rng.integers(0, types, size=(len(lengths), size))
+    mask = np.arange(size) < lengths[:, None]
+    pad = [np.arange(width) < length for width, length in zip(widths, lengths, strict=True)]
+
+    def flat(values: Array) -> Array:
+        rows = zip(values, pad, widths, strict=True)
+        return np.concatenate([np.where(real, row[:width], 0) for row, real, width in rows])
+
+    return Batch(
+        flat(ids), flat(kinds), widths, lengths,
+        torch.from_numpy(ids), torch.from_numpy(kinds), torch.from_numpy(mask),
+    )  # fmt: skip
+
+
+def feed(batch: Batch, inputs: dict[str, Array], item_dims: int) -> dict[str, Array]:
+    """Add to a model's own inputs what Triton adds: lengths, and the shapes of items of `item_dims` dimensions."""
+    shape = np.stack([batch.widths, np.full_like(batch.widths, 7)], axis=1)[:, :item_dims]
+    return {**inputs, "length": batch.lengths[:, None].astype(np.int32), "shape": shape.astype(np.int32)}
 
 
 def _run(model: bytes, batch: Batch, inputs: dict[str, Array], item_dims: int) -> Array:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    shape = np.stack([batch.widths, np.full_like(batch.widths, 7)], axis=1)[:, :item_dims]
-    feed = {**inputs, "length": batch.lengths[:, None].astype(np.int32), "shape": shape.astype(np.int32)}
-    output: Array = session.run(None, feed)[0]
+    output: Array = session.run(None, feed(batch, inputs, item_dims))[0]
     return output
 
 

@@ -64,7 +64,7 @@ def export(
     Raises ExportError, BranchError or FingerprintError; whatever was not finished then is as it was before.
     """
     if not branches:
-        raise ExportError("no branch was given to export")
+        raise ExportError("no branch was given to export; name branch folders, or a plan with --plan")
     loaded = [(path, *load_branch(path)) for path in branches]
     cards = [card for _, _, card in loaded]
     for index, (path, _, card) in enumerate(loaded):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 
-from espalier.branch import Branch, BranchCard, check_trunk, load_branch
+from espalier.branch import Branch, BranchCard, check_place, check_trunk, load_branch
 from espalier.contract import Kind
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
@@ -105,6 +105,7 @@ def distill(
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
+    check_place(out)
     set_seed(arguments.seed)
     student = new_branch(base, spec.kind, card.tap, layers, len(card.labels))
     if init is Init.TEACHER:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import set_seed
 
-from espalier.branch import Branch, BranchCard
+from espalier.branch import Branch, BranchCard, check_place
 from espalier.contract import Kind
 from espalier.encoder import Base
 from espalier.errors import SpecError
@@ -45,6 +45,7 @@ def train(
     if card := up_to_date(out, inputs):
         return card, False
 
+    check_place(out)
     set_seed(arguments.seed)
     branch = new_branch(base, spec.kind, tap, layers, len(data.labels))
     with workshop(out, inputs) as work:
@@ -73,8 +74,9 @@ def inputs_digest(
     The base's name counts, too: it goes into the card, and export loads the base by it. So does whether a cache is
     used: it rounds to FP16.
     """
-    plain = spec.model_dump_json(exclude={"data"})
-    numbers = repr([tap, layers, cache is not None, sorted(asdict(arguments).items())])
+    plain = spec.model_dump_json(exclude={"data"}, exclude_defaults=True)
+    asked = sorted((name, value) for name, value in asdict(arguments).items() if value is not None)
+    numbers = repr([tap, layers, cache is not None, asked])
     return digest(RECIPE, plain, data.digest(), base.name, base.revision, start, numbers)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.branch import Branch, BranchCard, check_place, load_branch, read_card, save_branch
+from espalier.branch import Branch, BranchCard, load_branch, read_card, save_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError
 from espalier.files import locked
@@ -49,7 +49,6 @@ def workshop(out: Path, inputs: str) -> Iterator[Path]:
     One run at a time works there. It is removed when the run ends well, with those of other runs for the same
     branch; stopped, it stays for the next try.
     """
-    check_place(out)
     work = out.parent / f".{out.name}.training-{inputs[:12]}"
     try:
         work.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,71 @@
+"""The plan: a YAML file that names one branch per task for a repository. Selection writes it, a person may edit it.
+
+tasks:
+  cola:
+    branch: cola/tap3-kd2-s0   # relative to the plan
+    tap: 3
+    layers: 2
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from espalier.errors import SpecError
+from espalier.files import write_whole
+
+
+class PlannedTask(BaseModel):
+    """The branch of one task. Tap and layers are there to be read; they must be the branch's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    branch: Path
+    tap: int
+    layers: int
+
+
+class Plan(BaseModel):
+    """One branch per task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: dict[str, PlannedTask] = Field(min_length=1)
+
+
+def write_plan(path: Path, plan: Plan, notes: Mapping[str, str], header: str) -> None:
+    """Write `plan`, its branches relative to its own folder, with a note beside each task."""
+    home = path.resolve().parent
+    lines = [f"# {line}".rstrip() for line in header.splitlines()]
+    lines.append("tasks:")
+    for task, planned in plan.tasks.items():
+        branch = os.path.relpath(planned.branch.resolve(), home)
+        lines.append(f"  {task}:  # {notes[task]}" if task in notes else f"  {task}:")
+        fields = yaml.safe_dump({"branch": branch, "tap": planned.tap, "layers": planned.layers}, sort_keys=False)
+        lines += [f"    {field}" for field in fields.splitlines()]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan; its branches become absolute paths. Raises SpecError with one sentence if it is wrong."""
+    try:
+        plan = Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise SpecError(f"{path}: there is no such plan") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SpecError(
+            f"{path}: {where or 'plan'}: {first['msg']}; a plan has tasks, each with branch, tap and layers"
+        ) from error
+    home = path.resolve().parent
+    return Plan(
+        tasks={task: item.model_copy(update={"branch": home / item.branch}) for task, item in plan.tasks.items()}
+    )

@@ -1,0 +1,93 @@
+"""Milliseconds per text of exported models, in one process, on the CPU at hand.
+
+Untrained branches serve: time does not depend on the weights. The models take turns, so that a slow moment of the
+machine falls on all of them, and the median of the rounds is taken.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from statistics import fmean, median
+
+import numpy as np
+import onnxruntime
+
+from espalier.branch import Branch
+from espalier.contract import BELOW, Kind, Target
+from espalier.costs import Costs
+from espalier.encoder import Base
+from export.check import Batch, feed, ragged_batch
+from export.models import head_model, segment_model
+
+BATCH = 8
+BATCHES = 4
+ROUNDS = 15
+LABELS = 3
+
+Model = tuple[str, Kind | None, int]
+"""A trunk up to a tap ("trunk"), one layer alone ("layer"), or a head of a kind and depth ("head")."""
+
+
+def measure(
+    base: Base,
+    taps: Iterable[int],
+    heads: Iterable[tuple[Kind, int]],
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Costs:
+    """Time trunks up to `taps` and heads of kinds and depths on ragged batches of mixed lengths.
+
+    Lengths are log-normal, 5 to 128 tokens, about 23 in the mean: short questions with a tail of longer texts.
+    `report` is told the rounds done, and all rounds.
+    """
+    encoder, config = base.encoder, base.config
+    rng = np.random.default_rng(0)
+    longest = min(128, config.max_position_embeddings)
+    lengths = np.clip(rng.lognormal(2.95, 0.6, (BATCHES, BATCH)).round().astype(int), 5, longest)
+    batches = [
+        ragged_batch(rng, [[int(length)] for length in row], config.vocab_size, config.type_vocab_size)
+        for row in lengths
+    ]
+    hidden = [rng.normal(size=int(row.sum()) * config.hidden_size).astype(np.float32) for row in lengths]
+
+    sessions: dict[Model, onnxruntime.InferenceSession] = {
+        ("layer", None, 1): _session(segment_model(encoder, 1, 2, Target.CPU))
+    }
+    for tap in sorted(set(taps)):
+        sessions["trunk", None, tap] = _session(segment_model(encoder, 0, tap, Target.CPU))
+    for kind, layers in sorted(set(heads) | {(Kind.CLASSIFICATION, 1)}):
+        branch = Branch(config, kind, layers, 1 if kind is Kind.REGRESSION else LABELS)
+        sessions["head", kind, layers] = _session(head_model(branch, "task", Target.CPU))
+
+    times: dict[Model, list[float]] = {model: [] for model in sessions}
+    for number in range(-1, ROUNDS):  # the first round warms up
+        for model, session in sessions.items():
+            started = time.perf_counter()
+            for batch, states in zip(batches, hidden, strict=True):
+                session.run(None, _inputs(model, batch, states))
+            if number >= 0:
+                times[model].append(1000 * (time.perf_counter() - started) / (BATCH * BATCHES))
+        report(number + 2, ROUNDS + 1)
+    taken = {model: median(values) for model, values in times.items()}
+    return Costs(
+        trunk={tap: value for (what, _, tap), value in taken.items() if what == "trunk"},
+        heads={(kind, layers): value for (_, kind, layers), value in taken.items() if kind is not None},
+        folded=taken["head", Kind.CLASSIFICATION, 1] / taken["layer", None, 1],
+        mean_length=fmean(lengths.ravel().tolist()),
+        batch=BATCH,
+    )
+
+
+def _session(model: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # A pool of its own for each model: one that spins while another works would be measured as the other's time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _inputs(
+    model: Model, batch: Batch, hidden: "np.typing.NDArray[np.float32]"
+) -> "dict[str, np.typing.NDArray[np.generic]]":
+    what, _, _ = model
+    if what == "trunk":
+        return feed(batch, {"input_ids": batch.flat_ids, "token_type_ids": batch.flat_types}, item_dims=1)
+    return feed(batch, {BELOW if what == "layer" else "hidden": hidden}, item_dims=2)

@@ -1,0 +1,44 @@
+"""The front of selection as a plot: mean dev score against cost, in three measures of cost."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from espalier.costs import Costs
+from espalier.files import write_whole
+from training.selection import Selection
+
+
+def plot_front(
+    path: Path, plans: Sequence[Selection], chosen: Selection, costs: Costs, depth: int, full: float | None = None
+) -> None:
+    """Draw `plans` and the one that was `chosen` into the PNG at `path`.
+
+    `depth` is the number of layers of the base, `full` the mean score of full fine-tuning in points, drawn as a line.
+    """
+    whole = depth * len(chosen.chosen)
+    measures: list[tuple[str, Callable[[Selection], float]]] = [
+        (f"layers executed (whole models: {whole})", lambda plan: plan.layers),
+        (f"layers, a folded one as {costs.folded:.2f}", lambda plan: plan.folded_layers(costs)),
+        (f"ms per text (batch {costs.batch}, {costs.mean_length:.0f} tokens)", lambda plan: plan.milliseconds(costs)),
+    ]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
+        for tap in sorted({plan.tap for plan in plans}):
+            at = [plan for plan in plans if plan.tap == tap]
+            axes.plot([cost(p) for p in at], [p.score for p in at], "o", markersize=5, label=f"trunk of {tap} layers")
+        axes.plot(cost(chosen), chosen.score, "*", color="black", markersize=14, label="chosen", zorder=3)
+        if full is not None:
+            axes.axhline(full, color="grey", linestyle="--", linewidth=1, label="full fine-tuning")
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    figure.axes[0].set_ylabel("mean dev score (points)")
+    figure.axes[0].legend(loc="lower right")
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    write_whole(path, buffer.getvalue())
