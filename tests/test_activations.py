@@ -4,6 +4,8 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,29 @@ def test_a_limit_is_told_before_it_is_exceeded(spec: TaskSpec, tiny: Base, tmp_p
     with pytest.raises(DataError, match=r"60 texts at tap 1 need .* raise --cache-limit, or train without --cache"):
         cache.get(tiny, 1, features, lambda at, total: done.append(at))
     assert not done
+    assert len(sets(cache)) == 1
+
+
+def test_two_that_need_the_same_compute_it_once(spec: TaskSpec, tiny: Base, cache: ActivationCache) -> None:
+    """Locks are held by open files: what keeps two threads apart keeps two processes apart."""
+    features = features_of(spec, tiny)
+    begun = threading.Event()
+    computed: list[str] = []
+
+    def get(name: str) -> None:
+        def report(done: int, total: int) -> None:
+            computed.append(name)
+            begun.set()
+            time.sleep(0.05)
+
+        cache.get(tiny, 1, features, report)
+
+    first = threading.Thread(target=get, args=("first",))
+    first.start()
+    assert begun.wait(20)
+    get("second")
+    first.join()
+    assert set(computed) == {"first"}
     assert len(sets(cache)) == 1
 
 
