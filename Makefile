@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve test lint help
+.PHONY: demo serve glue test lint help
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -21,6 +21,9 @@ demo: $(STAMP)  ## make data, train four tasks, export, serve on a real Triton, 
 
 serve: $(STAMP)  ## serve model_repository/ until Ctrl-C
 	$(BIN)/espalier serve
+
+glue: $(STAMP)  ## train, serve and score GLUE (hours on a CPU; goes on where it stopped): make glue [DATA=FOLDER]
+	$(BIN)/python -m benchmarks.glue $(if $(DATA),--data $(DATA))
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

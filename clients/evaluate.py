@@ -8,21 +8,25 @@ from clients.results import Answer, Classification, Regression, Tagging
 from espalier.errors import RequestError
 from espalier.spec import TaskSpec
 from espalier.tagging import OUTSIDE
-from training.data import Example, load_split
+from training.data import Example, load_split, sample
 from training.metrics import gold, score
 
 
 def evaluate(
-    client: Client, spec: TaskSpec, batch_size: int = 16, report: Callable[[int, int], None] = lambda done, total: None
+    client: Client,
+    spec: TaskSpec,
+    batch_size: int = 16,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    max_rows: int | None = None,
 ) -> dict[str, float]:
-    """Ask the server for every row of `spec`'s dev split and return the metrics of the answers.
+    """Ask the server for every row of `spec`'s dev split, or a sample of `max_rows`; return the answers' metrics.
 
     `report` is told the rows answered and all rows.
     """
     deployed = client.tasks().get(spec.name)
     if deployed is not None and deployed.kind is not spec.kind:
         raise RequestError(f"the server's task {spec.name!r} is a {deployed.kind} task, the spec's a {spec.kind} task")
-    examples = load_split(spec, "dev")
+    examples = sample(load_split(spec, "dev"), max_rows)
     predicted: list[Any] = []
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]

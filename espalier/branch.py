@@ -74,9 +74,10 @@ class Branch(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the logits for hidden [B,S,H]; mask [B,S] is true for real tokens."""
-        for layer in self.layers:
-            hidden = layer(hidden, mask)
-        if self.kind is not Kind.TAGGING:
+        sentence = self.kind is not Kind.TAGGING
+        for index, layer in enumerate(self.layers, start=1):
+            hidden = layer(hidden, mask, first_alone=sentence and index == len(self.layers))
+        if sentence:
             hidden = hidden[:, 0]  # [B,H]
         logits: Tensor = self.output(self.dropout(hidden))
         return logits

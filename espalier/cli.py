@@ -449,7 +449,7 @@ def search_progress(name: str) -> "Iterator[Callable[[Status], None]]":
 
 def _print_branch(card: "BranchCard", out: Path, trained: bool, as_json: bool) -> None:
     if as_json:
-        keep = {"labels", "base", "revision", "tap", "layers", "metrics", "fingerprint", "arguments"}
+        keep = {"labels", "base", "revision", "tap", "layers", "metrics", "fingerprint", "arguments", "stopped"}
         _print_json({"task": card.spec.name, "branch": str(out), "trained": trained, **card.model_dump(include=keep)})
     else:
         show.branch(card, out, trained)

@@ -86,24 +86,29 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attention_dropout = config.attention_probs_dropout_prob
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Map hidden [B,S,H] to [B,S,H]; mask [B,S] is true for real tokens."""
-        batch, length, size = hidden.shape
+    def forward(self, hidden: Tensor, mask: Tensor, first_alone: bool = False) -> Tensor:
+        """Map hidden [B,S,H] to [B,S,H]; mask [B,S] is true for real tokens.
+
+        `first_alone` computes the first token of each item alone, [B,1,H], at a sixth of the cost: a sentence task
+        reads no other.
+        """
+        batch, _, size = hidden.shape
+        wanted = hidden[:, :1] if first_alone else hidden
 
         def split(x: Tensor) -> Tensor:
-            return x.view(batch, length, self.heads, size // self.heads).transpose(1, 2)  # [B,A,S,d]
+            return x.view(batch, -1, self.heads, size // self.heads).transpose(1, 2)  # [B,A,S,d]
 
         attended = F.scaled_dot_product_attention(
-            split(self.query(hidden)),
+            split(self.query(wanted)),
             split(self.key(hidden)),
             split(self.value(hidden)),
             attn_mask=mask[:, None, None, :],
             dropout_p=self.attention_dropout if self.training else 0.0,
         )  # [B,A,S,d]
-        attended = attended.transpose(1, 2).reshape(batch, length, size)
-        hidden = self.attention_norm(hidden + self.dropout(self.output(attended)))
-        expanded = F.gelu(self.up(hidden), approximate=self.approximate)  # [B,S,F]
-        above: Tensor = self.feed_forward_norm(hidden + self.dropout(self.down(expanded)))
+        attended = attended.transpose(1, 2).reshape(batch, -1, size)
+        mixed = self.attention_norm(wanted + self.dropout(self.output(attended)))
+        expanded = F.gelu(self.up(mixed), approximate=self.approximate)  # [B,S,F]
+        above: Tensor = self.feed_forward_norm(mixed + self.dropout(self.down(expanded)))
         return above
 
 

@@ -52,6 +52,12 @@ def branch(card: "BranchCard", out: Path, trained: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if card.stopped is not None:
+        messages.print(
+            f"[bold yellow]Stopped early:[/] {escape(card.stopped)}; the best epoch before is kept",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 class TimeLeft(ProgressColumn):

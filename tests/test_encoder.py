@@ -257,3 +257,13 @@ def test_how_tensors_are_used_is_part_of_the_fingerprint(change: dict[str, Any],
 def test_what_does_not_change_hidden_states_is_no_part_of_it(checkpoint: Path, tiny: Base) -> None:
     change_config(checkpoint, hidden_dropout_prob=0.3, num_hidden_layers=2)
     assert load_base(str(checkpoint)).fingerprint(2) == tiny.fingerprint(2)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_layer_of_the_first_token_alone_is_that_row_of_the_layer(name: str) -> None:
+    bert = random_bert(**CONFIGS[name])
+    layer = from_bert(bert.config, bert.state_dict()).layers[0]
+    hidden = torch.randn(3, 7, bert.config.hidden_size)
+    mask = torch.arange(7) < torch.tensor([[7], [1], [4]])
+    assert layer(hidden, mask, first_alone=True).shape == (3, 1, bert.config.hidden_size)
+    torch.testing.assert_close(layer(hidden, mask, first_alone=True), layer(hidden, mask)[:, :1])

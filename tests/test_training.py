@@ -16,7 +16,7 @@ import torch
 from espalier.branch import BranchCard, load_branch
 from espalier.contract import Kind
 from espalier.encoder import Base
-from espalier.errors import BranchError, DataError, FingerprintError, SpecError
+from espalier.errors import BranchError, DataError, FingerprintError, SpecError, TrainingError
 from espalier.spec import TaskSpec, load_spec
 from training.data import load_data
 from training.distill import TEMPERATURE, Init, distill, soft_loss
@@ -270,6 +270,72 @@ def test_soft_loss_of_tagging_is_per_labelled_token() -> None:
 def teacher(spec: TaskSpec, tiny: Base, tmp_path: Path) -> Path:
     train(spec, tiny, 1, 2, QUICK, tmp_path / "teacher", silent)
     return tmp_path / "teacher"
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_epoch(tiny: Base, tmp_path: Path) -> None:
+    spec = load_spec(write_task(tmp_path, Kind.REGRESSION))
+    # A weight decay that multiplies the weights by -8 in each step: still finite after the first epoch of 8 steps.
+    runaway = Arguments(epochs=9, learning_rate=0.9, batch_size=8, weight_decay=10.0, warmup=0.0)
+    card, _ = train(spec, tiny, 1, 1, runaway, tmp_path / "branch", silent)
+    assert card.stopped is not None
+    assert re.match(r"the (loss was (inf|nan) in step \d+|answers on dev .*); lower the learning rate", card.stopped)
+    assert 1 <= len(card.history) < 9
+    assert evaluate(spec, tiny, tmp_path / "branch") == pytest.approx(card.metrics, abs=1e-5)
+    assert train(spec, tiny, 1, 1, runaway, tmp_path / "branch", silent) == (card, False)
+
+
+def test_a_loss_that_is_never_finite_leaves_no_branch(tiny: Base, tmp_path: Path) -> None:
+    spec = load_spec(write_task(tmp_path, Kind.REGRESSION))
+    train_file = tmp_path / "train.jsonl"
+    train_file.write_text(re.sub(r'"size": [0-9.]+', '"size": 1e30', train_file.read_text()))
+    with pytest.raises(TrainingError, match=r"before the end of its first epoch: the loss was inf in step 1"):
+        train(spec, tiny, 1, 1, QUICK, tmp_path / "branch", silent)
+    assert not (tmp_path / "branch").exists()
+
+
+def test_too_little_memory_says_what_to_lower(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spec = write_task(tmp_path, Kind.CLASSIFICATION, rows=4000)
+    code = f"""
+import resource
+from pathlib import Path
+from espalier.encoder import load_base
+from espalier.errors import TrainingError
+from espalier.spec import load_spec
+from training.finetune import train
+from training.trainer import Arguments
+
+spec, base = load_spec(Path({str(spec)!r})), load_base({str(tiny_checkpoint)!r})
+def run(name, size):
+    arguments = Arguments(epochs=1, batch_size=size, max_train=size)
+    train(spec, base, 1, 2, arguments, Path({str(tmp_path)!r}, name), lambda _: None)
+run("small", 8)  # threads and libraries take their share before the limit is set
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
+try:
+    run("large", 4000)
+except TrainingError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.match(r"out of memory with batches of 4000 rows of up to 12 tokens; lower --batch-size", done.stdout)
+
+
+def test_branches_do_not_depend_on_what_else_is_trained(tiny: Base, tmp_path: Path) -> None:
+    specs = {}
+    for kind in (Kind.CLASSIFICATION, Kind.TAGGING):
+        (tmp_path / kind).mkdir()
+        specs[kind] = load_spec(write_task(tmp_path / kind, kind))
+
+    def train_in_order(*order: Kind) -> dict[Kind, bytes]:
+        home = tmp_path / "-".join(order)
+        for kind in order:
+            train(specs[kind], tiny, 1, 1, QUICK, home / kind, silent)
+        return {kind: (home / kind / "branch.safetensors").read_bytes() for kind in order}
+
+    together = train_in_order(Kind.CLASSIFICATION, Kind.TAGGING)
+    assert train_in_order(Kind.TAGGING, Kind.CLASSIFICATION) == together
+    for kind, weights in together.items():
+        assert train_in_order(kind) == {kind: weights}
 
 
 @pytest.mark.parametrize("kind", list(Kind))

@@ -49,14 +49,17 @@ class FullCard(BaseModel):
 
 
 class _Whole(nn.Module):
-    def __init__(self, base: Base, output: Branch) -> None:
+    """The base, all of it trained: its last layer and the output layer as a branch."""
+
+    def __init__(self, base: Base, top: Branch) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(base.encoder).requires_grad_(True)
-        self.output = output  # without layers of its own
+        del self.encoder.layers[-1]
+        self.top = top
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.output(self.encoder(input_ids, token_type_ids, mask), mask)
-        return {"loss": hard_loss(self.output.kind, logits, labels), "logits": logits}
+        logits = self.top(self.encoder(input_ids, token_type_ids, mask), mask)
+        return {"loss": hard_loss(self.top.kind, logits, labels), "logits": logits}
 
 
 def train_fully(spec: TaskSpec, base: Base, arguments: Arguments, out: Path, report: Report) -> tuple[FullCard, bool]:
@@ -75,7 +78,7 @@ def train_fully(spec: TaskSpec, base: Base, arguments: Arguments, out: Path, rep
         pass  # not made yet, or by another version
 
     set_seed(arguments.seed)
-    whole = _Whole(base, new_branch(base, spec.kind, depth, 0, len(data.labels)))
+    whole = _Whole(base, new_branch(base, spec.kind, depth - 1, 1, len(data.labels)))
     train, dev = (
         featurize(spec.kind, data.labels, base.tokenizer, base.max_length, rows) for rows in (data.train, data.dev)
     )

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from espalier.errors import BranchError, SpecError, TrainingError
 from training.features import collate
@@ -118,6 +119,12 @@ class Optimizer:
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         options._n_gpu = min(options.n_gpu, 1)  # DataParallel would copy the branch, but not the trunk
+
+        def finite_metrics(prediction: EvalPrediction) -> dict[str, float]:
+            if not np.isfinite(prediction.predictions).all():
+                raise _NotFinite("the answers on dev were not finite")
+            return metrics(prediction.predictions)
+
         self._metrics = metrics
         self._work = work
         self._batch_size = arguments.batch_size
@@ -127,7 +134,7 @@ class Optimizer:
             data_collator=collate,
             train_dataset=train,
             eval_dataset=dev,
-            compute_metrics=lambda prediction: metrics(prediction.predictions),
+            compute_metrics=finite_metrics,
             callbacks=[_Reporter(report)],
         )
         self._trainer.remove_callback(transformers.PrinterCallback)

