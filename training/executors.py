@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ LOCAL_RAY = "local"
 """The address that starts a Ray cluster on this machine."""
 RETRIES = 3
 """How often Ray runs a trial again whose worker died."""
+REACH_SECONDS = 10.0
 GO_ON = "finished trials are kept, and the same command goes on"
 
 Made = tuple[BranchCard, bytes]
@@ -243,9 +245,12 @@ class Cluster:
             cpus = (self._jobs or 1) * self._threads
             options |= {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": home}
         try:
+            host, colon, port = address.removeprefix("ray://").rpartition(":")
+            if colon:  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
             self._ray.init(address, **options)
-        except (OSError, RuntimeError, ValueError, TimeoutError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SearchError(
                 f"--ray {address}: there is no Ray cluster that can be used ({reason}); start one with "
                 f"'ray start --head' and give HOST:PORT, or use --ray {LOCAL_RAY}"
