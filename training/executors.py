@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import secrets
 import shutil
 import signal
 import socket
@@ -212,6 +213,8 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's later default; it warns without
         if address == LOCAL_RAY:
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for listening on loopback alone
+            # Other users of the machine reach loopback, too. A token of our own: Ray would keep one in the home folder.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -298,9 +301,10 @@ def _on_ray(carried: tuple[Shared, Mapping[str, bytes] | None], trial: Trial, in
         shared = replace(shared, teacher=home / "teacher")
         for name, content in teacher.items():
             write_whole(home / "teacher" / name, content)
-    made = run_trial(shared, _load_base(shared.base, shared.revision, shared.fingerprint), trial, _silent)
-    shutil.rmtree(home)
-    return made
+    try:
+        return run_trial(shared, _load_base(shared.base, shared.revision, shared.fingerprint), trial, _silent)
+    finally:  # a kill leaves it for the next try
+        shutil.rmtree(home)
 
 
 @contextlib.contextmanager
