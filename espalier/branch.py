@@ -5,6 +5,7 @@ On disk a folder with `branch.safetensors` (the weights) and `branch.json` (ever
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ WEIGHTS_FILE = "branch.safetensors"
 CARD_FILE = "branch.json"
 
 
+class Teacher(BaseModel):
+    """The branch that a student was distilled from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    folder: Path  # where it was; on disk relative to the student
+    init: str  # where the student's weights started, see training.distill.Init
+
+
 class BranchCard(BaseModel):
     """Everything about a branch but its weights."""
 
@@ -41,7 +52,8 @@ class BranchCard(BaseModel):
     history: list[dict[str, float]]  # dev metrics by epoch
     stopped: str | None = None  # why training ended early, if it did
     arguments: dict[str, Any]  # what training was asked for, the seed included
-    teacher: str | None  # digest of the branch it was distilled from
+    cached: bool  # whether the trunk's activations were rounded to FP16 on the way
+    teacher: Teacher | None  # None: fine-tuned, not distilled
     inputs: str  # digest of all that the training depends on
     versions: dict[str, str]  # of the libraries
     weights: str  # sha256 of the weights file
@@ -55,6 +67,11 @@ class BranchCard(BaseModel):
     def digest(self) -> str:
         """Identity of the branch: of its weights, labels, tap and trunk."""
         return digest(self.spec.name, self.weights, json.dumps(self.labels), str(self.tap), self.fingerprint)
+
+    def with_paths(self, change: Callable[[Path], Path]) -> "BranchCard":
+        """Return a copy whose paths, those of the data and of the teacher, went through `change`."""
+        teacher = self.teacher and self.teacher.model_copy(update={"folder": change(self.teacher.folder)})
+        return self.model_copy(update={"spec": self.spec.with_paths(change), "teacher": teacher})
 
 
 class Branch(nn.Module):
@@ -106,7 +123,7 @@ def write_branch(path: Path, weights: bytes, card: BranchCard) -> BranchCard:
     card = card.model_copy(update={"weights": digest(weights)})
     # Relative to the branch: a card names no machine's folders, and holds when the project moves as a whole.
     home = path.resolve()
-    portable = card.model_copy(update={"spec": card.spec.with_paths(lambda data: Path(os.path.relpath(data, home)))})
+    portable = card.with_paths(lambda other: Path(os.path.relpath(other, home)))
     try:
         check_place(path)
         with whole_folder(path) as folder:
@@ -125,9 +142,11 @@ def read_card(path: Path) -> BranchCard:
     except OSError as error:
         raise BranchError(f"{path} is not a branch folder: {CARD_FILE} cannot be read ({error.strerror})") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        raise BranchError(f"{file} is damaged: {_reason(error)}; train the branch again") from error
+        raise BranchError(
+            f"{file} is damaged or of another version: {_reason(error)}; train the branch again"
+        ) from error
     home = path.resolve()
-    return card.model_copy(update={"spec": card.spec.with_paths(lambda data: Path(os.path.normpath(home / data)))})
+    return card.with_paths(lambda other: Path(os.path.normpath(home / other)))
 
 
 def _reason(error: ValidationError | UnicodeDecodeError) -> str:

@@ -19,6 +19,7 @@ from espalier.repository import Repository
 if TYPE_CHECKING:
     from clients import Client
     from espalier.branch import BranchCard
+    from espalier.spec import TaskSpec
     from training.activations import ActivationCache
     from training.search import Status
     from training.trainer import Report
@@ -43,6 +44,10 @@ MaxTrain = Annotated[int | None, typer.Option(help="Use a sample of so many rows
 Data = Annotated[
     Path | None, typer.Option("--data", help="Folder of the spec's data paths. [default: the spec's own folder]")
 ]
+Warmup = Annotated[float, typer.Option(help="Part of the run over which the learning rate rises.")]
+WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
+MaxDev = Annotated[int | None, typer.Option(help="Use a sample of so many rows of dev, the same in every run.")]
+SpecMoved = Annotated[Path | None, typer.Option(help="The task's spec file, if its data moved since.")]
 UseCache = Annotated[
     bool, typer.Option("--cache", help="Run the trunk once, and keep its activations in .activations beside OUT.")
 ]
@@ -68,6 +73,9 @@ def train(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     max_train: MaxTrain = None,
+    max_dev: MaxDev = None,
+    warmup: Warmup = 0.1,
+    weight_decay: WeightDecay = 0.01,
     use_cache: UseCache = False,
     cache_limit: CacheLimit = 20.0,
     out: Annotated[Path | None, typer.Option(help="The branch folder. [default: branches/TASK]")] = None,
@@ -84,7 +92,7 @@ def train(
         from training.trainer import Arguments
 
         loaded = load_base(base, revision)
-    arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
+    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
     with training_progress(task.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
         card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report, cache)
@@ -100,13 +108,16 @@ def distill(
         Literal["teacher", "pretrained"], typer.Option(help="Start from the teacher's bottommost layers or the base's.")
     ] = "teacher",
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the teacher had it.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="The task's spec file, if its data moved since.")] = None,
+    spec: SpecMoved = None,
     data: Data = None,
     epochs: Epochs = 4,
     learning_rate: LearningRate = 5e-5,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     max_train: MaxTrain = None,
+    max_dev: MaxDev = None,
+    warmup: Warmup = 0.1,
+    weight_decay: WeightDecay = 0.01,
     use_cache: UseCache = False,
     cache_limit: CacheLimit = 20.0,
     as_json: Json = False,
@@ -114,17 +125,16 @@ def distill(
     """Distil a branch to fewer layers: same trunk, same tap, same task."""
     from espalier.branch import read_card
     from espalier.encoder import load_base
-    from espalier.spec import load_spec
 
     card = read_card(teacher)
-    task = load_spec(spec, data) if spec else None
+    task = _moved(spec, data)
     with show.waiting("loading the base"):
         from training.distill import Init
         from training.distill import distill as distil_branch
         from training.trainer import Arguments
 
         loaded = load_base(base) if base else load_base(card.base, card.revision)
-    arguments = Arguments(epochs, learning_rate, batch_size, seed=seed, max_train=max_train)
+    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
     with training_progress(card.spec.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
         student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task, cache, Init(init))
@@ -213,6 +223,41 @@ def search(
         _print_json({"out": str(out), **result.to_dict()})
     else:
         show.search(result, out)
+
+
+@app.command(epilog="Example: `espalier card branches/sst2`")
+def card(
+    branch: Annotated[Path, typer.Argument(help="The branch folder.")],
+    out: Annotated[Path | None, typer.Option(help="The card's folder. [default: BRANCH-card]")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Mistakes to show at most.")] = 20,
+    spec: SpecMoved = None,
+    data: Data = None,
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the branch had it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Describe a branch in Markdown: scores, data, worst mistakes, how it was made. It quotes rows of dev."""
+    from espalier.branch import read_card
+    from espalier.encoder import load_base
+
+    known = read_card(branch)
+    task = _moved(spec, data)
+    out = out or branch.resolve().parent / f"{branch.resolve().name}-card"
+    with show.waiting("loading the base"):
+        from training.card import make_card
+
+        loaded = load_base(base) if base else load_base(known.base, known.revision)
+    with _bar() as bar:
+        row = bar.add_task(known.spec.name, total=None, note="")
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(row, description=f"{known.spec.name}: {what}", completed=done, total=total)
+
+        made = make_card(branch, loaded, out, rows, report, task, base)
+        bar.update(row, visible=False)
+    if as_json:
+        _print_json({"task": known.spec.name, "card": str(made.page), "metrics": made.metrics, "doubts": made.doubts})
+    else:
+        show.card(made, known)
 
 
 @app.command(epilog="Example: `espalier select searches/sst2 searches/mrpc --threshold 0.5`")
@@ -387,6 +432,15 @@ def connect(url: str | None, http: bool, timeout: float) -> "Iterator[Client]":
 
     with Client(url, protocol="http" if http else "grpc", timeout=timeout) as client:
         yield client
+
+
+def _moved(spec: Path | None, data: Path | None) -> "TaskSpec | None":
+    """Return the spec that says where a branch's data is now, if one was given."""
+    from espalier.spec import load_spec
+
+    if spec is None and data is not None:
+        raise SpecError(f"--data {data} says where the paths of a spec file begin; name that file with --spec")
+    return load_spec(spec, data) if spec else None
 
 
 def _cache(out: Path, limit: float) -> "ActivationCache":

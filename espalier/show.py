@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from espalier.costs import Costs
     from export.repository import Exported
     from serving.triton import TritonServer
+    from training.card import Card
     from training.search import Result
     from training.selection import Selection
 
@@ -97,6 +98,18 @@ def search(result: "Result", out: Path) -> None:
         f"next: {escape(next_step)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def card(made: "Card", branch: "BranchCard") -> None:
+    """Say where a branch's card is, and what is doubtful about the branch."""
+    output.print(
+        f"[bold]{branch.spec.name}[/]: {branch.spec.metric} {made.metrics[branch.spec.metric]:.4f} on dev → "
+        f"{escape(str(made.page))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for doubt in made.doubts:
+        output.print(f"[bold yellow]Note:[/] {escape(doubt)}", highlight=False, soft_wrap=True)
 
 
 def selection(

@@ -13,6 +13,7 @@
 A new task is such a file and its data; no line of code.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -208,6 +209,12 @@ def load_spec(path: Path, data: Path | None = None) -> TaskSpec:
         raise SpecError(f"{path}: {_sentence(error)}") from error
     home = (data or path.parent).resolve()
     return spec.with_paths(lambda path: home / path)
+
+
+def dump_spec(spec: TaskSpec, home: Path) -> str:
+    """Return the YAML of a spec file in the folder `home`, which `load_spec` reads as `spec`."""
+    portable = spec.with_paths(lambda data: Path(os.path.relpath(data, home)))
+    return yaml.safe_dump(portable.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
 
 
 def _sentence(error: ValidationError) -> str:

@@ -59,8 +59,8 @@ def word_starts(text: Text, offsets: Offsets) -> list[bool]:
 
     A token continues the word before it iff nothing but characters that the tokenizer deletes lies between them, and
     neither character at the border stands for itself (punctuation, CJK). For BERT's WordPiece these are exactly the
-    `##` tokens, for every character but U+166D and U+111C9, which Unicode has reclassified since the tokenizer's
-    tables were made.
+    `##` tokens, but for rare punctuation that Unicode has classified since the tokenizer's tables were made, and for
+    ≠, ≮, ≯ and U+1FEF where the tokenizer keeps accents. Training and clients both go by this rule.
     """
     texts = _texts(text)
     starts = []
@@ -75,6 +75,21 @@ def word_starts(text: Text, offsets: Offsets) -> list[bool]:
         )
         previous = sentence, end
     return starts
+
+
+def count_words(text: str) -> int:
+    """Count the words of `text` as the tokenizer parts it: the tokens that begin one, if none is cut off."""
+    count, inside = 0, False
+    for character in text:
+        if _alone(character):
+            count, inside = count + 1, False
+        elif _deleted(character):
+            continue
+        elif character.isspace():
+            inside = False
+        else:
+            count, inside = count + (not inside), True
+    return count
 
 
 def decode(
@@ -141,7 +156,8 @@ def _cjk(code: int) -> bool:
         or 0x4E00 <= code <= 0x9FFF
         or 0xF900 <= code <= 0xFAFF
         or 0x20000 <= code <= 0x2A6DF
-        or 0x2A700 <= code <= 0x2CEAF
+        or 0x2A700 <= code <= 0x2B81F
+        or 0x2B920 <= code <= 0x2CEAF  # as `tokenizers` has it; BERT's own block began at 2B820
         or 0x2F800 <= code <= 0x2FA1F
     )
 

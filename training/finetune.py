@@ -41,7 +41,7 @@ def train(
         raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
     out = out.resolve()
     data = data or load_data(spec, arguments.max_train, arguments.max_dev)
-    inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache)
+    inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache is not None)
     if card := up_to_date(out, inputs):
         return card, False
 
@@ -67,16 +67,16 @@ def new_branch(base: Base, kind: Kind, tap: int, layers: int, labels: int) -> Br
 
 def inputs_digest(
     spec: TaskSpec, data: TaskData, base: Base, start: str, tap: int, layers: int, arguments: Arguments,
-    cache: ActivationCache | None,
+    cached: bool,
 ) -> str:  # fmt: skip
     """Return the digest of all that a training depends on; `start` is the identity of the initial weights.
 
-    The base's name counts, too: it goes into the card, and export loads the base by it. So does whether a cache is
-    used: it rounds to FP16.
+    The base's name counts, too: it goes into the card, and export loads the base by it. So does whether
+    activations are cached: that rounds them to FP16.
     """
     plain = spec.model_dump_json(exclude={"data"}, exclude_defaults=True)
     asked = sorted((name, value) for name, value in asdict(arguments).items() if value is not None)
-    numbers = repr([tap, layers, cache is not None, asked])
+    numbers = repr([tap, layers, cached, asked])
     return digest(RECIPE, plain, data.digest(), base.name, base.revision, start, numbers)
 
 

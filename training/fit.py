@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.branch import Branch, BranchCard, load_branch, read_card, save_branch
+from espalier.branch import Branch, BranchCard, Teacher, load_branch, read_card, save_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError
 from espalier.files import locked
@@ -90,7 +90,7 @@ class _Model(nn.Module):
 def fit(
     *, spec: TaskSpec, data: TaskData, base: Base, tap: int, branch: Branch, arguments: Arguments, inputs: str,
     work: Path, out: Path, report: Report, loss: Loss, teacher_logits: list[Tensor] | None = None,
-    teacher: str | None = None, cache: ActivationCache | None = None,
+    teacher: Teacher | None = None, cache: ActivationCache | None = None,
 ) -> BranchCard:  # fmt: skip
     """Train `branch` on `data`, keep its best epoch by the dev metric, and write the branch folder `out`.
 
@@ -135,6 +135,7 @@ def fit(
             history=run.history,
             stopped=run.stopped,
             arguments=asdict(arguments),
+            cached=cache is not None,
             teacher=teacher,
             inputs=inputs,
             versions={name: version(name) for name in LIBRARIES},

@@ -107,7 +107,9 @@ def take(
     """Do `step` if it is not done, and return what it gave."""
     arguments = settings.of(step.task, step.seed)
     if step.tap is None:
-        return train_fully(spec, base, arguments, step.out, report)[0]
+        # A student's epochs come on top of its teacher's; the yardstick may train as long as both.
+        longer = replace(arguments, epochs=2 * arguments.epochs)
+        return train_fully(spec, base, longer, step.out, report)[0]
     if step.teacher is None:
         return train(spec, base, step.tap, step.layers, arguments, step.out, report, cache)[0]
     return distill(step.teacher, base, step.layers, arguments, step.out, report, spec, cache)[0]

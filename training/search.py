@@ -260,7 +260,14 @@ class _Search:
         else:
             start = start_of(self._teacher, Init(trial.init))
         return inputs_digest(
-            shared.spec, shared.data, self._base, start, self._tap(trial), trial.layers, arguments, shared.cache
+            shared.spec,
+            shared.data,
+            self._base,
+            start,
+            self._tap(trial),
+            trial.layers,
+            arguments,
+            shared.cache is not None,
         )
 
     def _run(self, todo: Sequence[Trial], crew: Workers, clock: "_Clock") -> None:
@@ -283,6 +290,9 @@ class _Search:
         card, weights = made
         if card.inputs != self._inputs[trial]:
             raise SearchError(f"the worker that ran {trial.name} has another version of Espalier; install the same")
+        if card.teacher is not None:  # a worker elsewhere had a copy of its own
+            teacher = card.teacher.model_copy(update={"folder": self._shared.teacher})
+            card = card.model_copy(update={"teacher": teacher})
         finished = Finished(
             trial=trial, inputs=card.inputs, metrics=card.metrics, history=card.history, stopped=card.stopped
         )

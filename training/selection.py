@@ -102,7 +102,8 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
                     f"({first[1].revision}); tasks are selected for one shared trunk"
                 )
             recipe = sorted((name, repr(value)) for name, value in card.arguments.items() if name != "seed")
-            key = (card.spec.name, card.tap, card.layers, card.teacher is not None, tuple(recipe))
+            init = card.teacher.init if card.teacher else None
+            key = (card.spec.name, card.tap, card.layers, init, tuple(recipe))
             if all(path.resolve() != known.resolve() for known, _ in groups[key]):
                 groups[key].append((path, card))
     return [_candidate(group) for group in groups.values()]
