@@ -283,7 +283,7 @@ def select(
         from training.front import plot_front
 
         candidates = selection.find_candidates(folders)
-        card = read_card(candidates[0].branches[0])
+        card = read_card(candidates[0].best)
         loaded = load_base(base) if base else load_base(card.base, card.revision)
         status.update("measuring what heads and trunks cost")
         costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers) for c in candidates})

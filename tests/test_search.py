@@ -26,6 +26,7 @@ from training.activations import ActivationCache
 from training.finetune import train
 from training.grid import Trial, default_layers, grid, parse_inits, parse_layers, parse_rates
 from training.search import Result, Status, search
+from training.selection import find_candidates
 from training.trainer import Arguments
 
 QUICK = Arguments(epochs=2, batch_size=8)
@@ -349,3 +350,12 @@ def test_a_killed_search_takes_its_workers_along_and_goes_on(
     assert heard.ran
     assert run(spec, tiny, tmp_path / "whole", cache=cache)[0] == result
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_selection_knows_all_seeds_of_a_search(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    result, _ = run(spec, tiny, tmp_path / "search")
+    found = {candidate.layers: candidate for candidate in find_candidates([tmp_path / "search"])}
+    for row in result.rows:
+        assert found[row.layers].score == pytest.approx(100 * row.mean)
+        assert found[row.layers].spread == pytest.approx(100 * (row.std or 0))
+        assert found[row.layers].best == tmp_path / "search" / f"l{row.layers}"

@@ -32,24 +32,36 @@ def box_plot(groups: Mapping[str, Sequence[float]], x_label: str, y_label: str, 
     write_figure(figure, path)
 
 
-def new_figure(width: float, height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float, x_label: str = "", y_label: str = "") -> tuple[Figure, Axes]:
     """Return an empty figure of `width` by `height` inches and its axes, in the style of all our plots."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel(y_label, color=INK)
+    figure, (axes,) = new_row(width, height, [x_label], y_label)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
     return figure, axes
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path` as PNG, whole; equal figures give equal files."""
+def new_row(width: float, height: float, x_labels: Sequence[str], y_label: str) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure and axes side by side, one per label, on one scale of y."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    row: list[Axes] = list(figure.subplots(1, len(x_labels), sharey=True, squeeze=False)[0])
+    for axes, label in zip(row, x_labels, strict=True):
+        axes.set_xlabel(label, color=INK)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+    row[0].set_ylabel(y_label, color=INK)
+    return figure, row
+
+
+def png(figure: Figure) -> bytes:
+    """Return `figure` as PNG; equal figures give equal bytes."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
-    write_whole(path, content.getvalue())
+    return content.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path` as PNG, whole."""
+    write_whole(path, png(figure))

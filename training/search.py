@@ -382,6 +382,24 @@ class _Clock:
         )
 
 
+def searched_scores(branch: Path, card: BranchCard) -> tuple[float, ...]:
+    """Return the dev scores, by seed, of the trials that differ from that of `branch` by seed alone.
+
+    None if the folder lies in no search.
+    """
+    try:
+        report = json.loads((branch.resolve().parent / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    init = card.teacher.init if card.teacher else None
+    wanted = (card.spec.name, card.layers, card.arguments["learning_rate"], init)
+    return tuple(
+        trial["score"]
+        for trial in report["trials"]
+        if (report["task"], trial["layers"], trial["learning_rate"], trial["init"]) == wanted
+    )
+
+
 # --- the report -------------------------------------------------------------------------------------------------
 
 _AXES = {"layers": "task layers", "learning_rate": "learning rate", "init": "start of the student"}
