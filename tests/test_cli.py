@@ -19,7 +19,7 @@ from espalier import cli
 from espalier.contract import Kind
 from serving.triton import TritonServer, free_ports
 
-COMMANDS = ("train", "distill", "search", "card", "export", "serve", "ask", "tasks", "evaluate")
+COMMANDS = ("train", "distill", "search", "select", "card", "export", "serve", "ask", "tasks", "evaluate")
 
 
 @pytest.fixture

@@ -195,8 +195,9 @@ def write(path: Path, plan: Selection, threshold: float) -> None:
     notes = {}
     for c in plan.chosen:
         spread = "" if c.spread is None else f" ± {c.spread:.1f}"
+        seeds = "one seed" if len(c.scores) == 1 else f"{len(c.scores)} seeds"
         made = "distilled" if c.distilled else "not distilled"
-        notes[c.task] = f"{c.metric} {c.score:.1f}{spread} on dev, {len(c.scores)} seeds, {made}"
+        notes[c.task] = f"{c.metric} {c.score:.1f}{spread} on dev, {seeds}, {made}"
     header = (
         f"Selected with a threshold of {threshold:g} points a layer: trunk of {plan.tap} layers, {plan.layers} layers\n"
         f"executed for {len(plan.chosen)} tasks, mean dev score {plan.score:.2f}.\n"
