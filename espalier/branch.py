@@ -128,15 +128,19 @@ def check_place(path: Path) -> None:
 
 def save_branch(path: Path, branch: Branch, card: BranchCard) -> BranchCard:
     """Write the branch folder whole, in the place of one that was there; return the card with the weights' digest."""
-    content = save({name: tensor.contiguous() for name, tensor in branch.state_dict().items()})
-    card = card.model_copy(update={"weights": digest(content)})
+    return write_branch(path, save({name: tensor.contiguous() for name, tensor in branch.state_dict().items()}), card)
+
+
+def write_branch(path: Path, weights: bytes, card: BranchCard) -> BranchCard:
+    """Do as `save_branch` does, with the content of a weights file."""
+    card = card.model_copy(update={"weights": digest(weights)})
     # Relative to the branch: a card names no machine's folders, and holds when the project moves as a whole.
     home = path.resolve()
     portable = card.with_paths(lambda other: Path(os.path.relpath(other, home)))
     try:
         check_place(path)
         with whole_folder(path) as folder:
-            (folder / WEIGHTS_FILE).write_bytes(content)
+            (folder / WEIGHTS_FILE).write_bytes(weights)
             write_whole(folder / CARD_FILE, portable.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise BranchError(f"the branch cannot be written to {path}: {error.strerror or error}") from error

@@ -1,8 +1,9 @@
 """The command line. Each command imports what it needs when it runs, so that the client's commands need no torch."""
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from espalier.branch import BranchCard
     from espalier.spec import TaskSpec
     from training.activations import ActivationCache
+    from training.search import Status
     from training.trainer import Report
 
 app = typer.Typer(
@@ -139,6 +141,90 @@ def distill(
     _print_branch(student, out, trained, as_json)
 
 
+@app.command(
+    epilog="Example: `espalier search sst2.yaml --base google-bert/bert-base-uncased --task-layers 4..10 --jobs 2`"
+)
+def search(
+    spec: Annotated[Path, typer.Argument(help="The task's spec file (YAML).")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="As in train. [default: the teacher's, or google-bert/bert-base-uncased]", show_default=False
+        ),
+    ] = None,
+    revision: Revision = None,
+    data: Data = None,
+    teacher: Annotated[Path | None, typer.Option(help="Search students of this branch instead of teachers.")] = None,
+    task_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 4..10 or 2,4. [default: a third to five sixths of the base's; 1, 2, 3 for students]",
+            show_default=False,
+        ),
+    ] = None,
+    learning_rates: Annotated[str, typer.Option("--lr", help="Peak learning rates.")] = "2e-5,5e-5",
+    seeds: Annotated[int, typer.Option(help="Trainings of each kind, with the seeds 0, 1, …")] = 3,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Starts of students: teacher, pretrained, or both. [default: teacher]", show_default=False),
+    ] = None,
+    epochs: Epochs = 4,
+    batch_size: BatchSize = 32,
+    max_train: MaxTrain = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trials at once. [default: 1; with --ray as many as there are CPUs]")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray cluster: HOST:PORT, auto, or local to start one here with --jobs workers.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of a trial. [default: this machine's cores / jobs; with --ray 1]")
+    ] = None,
+    use_cache: UseCache = False,
+    cache_limit: CacheLimit = 20.0,
+    out: Annotated[
+        Path | None, typer.Option(help="[default: searches/TASK, or searches/TASK-students]", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try task layers, learning rates and seeds. Stopped, it goes on; finished trials are not run again."""
+    from espalier.branch import read_card
+    from espalier.encoder import load_base
+    from espalier.spec import load_spec
+    from training.grid import default_layers, grid, parse_inits, parse_layers, parse_rates
+
+    task = load_spec(spec, data)
+    rates = parse_rates(learning_rates)
+    layers = None if task_layers is None else parse_layers(task_layers)
+    card = None if teacher is None else read_card(teacher)
+    if card is None and init is not None:
+        raise SpecError("--init is about students; it needs --teacher")
+    with show.waiting("loading the base"):
+        from training.search import search as run_search
+        from training.trainer import Arguments
+
+        if base is None and card is not None:
+            loaded = load_base(card.base, card.revision)
+        else:
+            loaded = load_base(base or "google-bert/bert-base-uncased", revision)
+    if card is None:
+        trials = grid(layers or default_layers(loaded.config.num_hidden_layers), rates, seeds)
+    else:
+        trials = grid(layers or tuple(range(1, min(4, card.layers))), rates, seeds, parse_inits(init or "teacher"))
+    out = out or Path("searches") / (task.name if card is None else f"{task.name}-students")
+    if threads is None:
+        threads = 1 if ray is not None else max(1, len(os.sched_getaffinity(0)) // max(1, jobs or 1))
+    with search_progress(task.name) as report:
+        result = run_search(
+            task, loaded, trials, Arguments(epochs, batch_size=batch_size, max_train=max_train), out, report,
+            teacher=teacher, cache=_cache(out, cache_limit) if use_cache else None, jobs=jobs, ray=ray, threads=threads,
+        )  # fmt: skip
+    if as_json:
+        _print_json({"out": str(out), **result.to_dict()})
+    else:
+        show.search(result, out)
+
+
 @app.command(epilog="Example: `espalier card branches/sst2`")
 def card(
     branch: Annotated[Path, typer.Argument(help="The branch folder.")],
@@ -197,7 +283,7 @@ def select(
         from training.front import plot_front
 
         candidates = selection.find_candidates(folders)
-        card = read_card(candidates[0].branches[0])
+        card = read_card(candidates[0].best)
         loaded = load_base(base) if base else load_base(card.base, card.revision)
         status.update("measuring what heads and trunks cost")
         costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers) for c in candidates})
@@ -395,6 +481,28 @@ def training_progress(name: str) -> "Iterator[Report]":
             yield report
         except KeyboardInterrupt:
             show.messages.print("stopped; the same command goes on from the last whole epoch")
+            raise
+        bar.update(row, visible=False)
+
+
+@contextmanager
+def search_progress(name: str) -> "Iterator[Callable[[Status], None]]":
+    """Show a bar over the trials of a search, the time left, and the trials that run."""
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), show.TimeLeft(),
+        TextColumn("{task.fields[running]}"), console=show.messages,
+    ) as bar:  # fmt: skip
+        row = bar.add_task(f"{name}: trials", total=None, running="", share=0.0)
+
+        def report(status: "Status") -> None:
+            bar.update(
+                row, completed=status.done, total=status.total, share=status.share, running=", ".join(status.running)
+            )
+
+        try:
+            yield report
+        except KeyboardInterrupt:
+            show.messages.print("stopped; finished trials are kept, and the same command goes on")
             raise
         bar.update(row, visible=False)
 

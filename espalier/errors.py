@@ -5,6 +5,7 @@
     ├── DataError             a data file or data set is wrong
     ├── CheckpointError       a base checkpoint cannot be used as a trunk
     ├── TrainingError         a training failed: its loss was not finite, or memory did not suffice
+    ├── SearchError           a search cannot start or go on
     ├── BranchError           a branch file is missing, damaged or does not fit the request
     ├── ContractError         a model folder breaks the model-repository contract
     │   └── FingerprintError  it belongs to another trunk
@@ -29,6 +30,7 @@ __all__ = [
     "ExportError",
     "FingerprintError",
     "RequestError",
+    "SearchError",
     "ServerError",
     "SpecError",
     "TrainingError",
@@ -55,6 +57,10 @@ class CheckpointError(EspalierError):
 
 class TrainingError(EspalierError):
     """A training failed: its loss was not finite, or memory did not suffice."""
+
+
+class SearchError(EspalierError):
+    """A search cannot start or go on: its workers, its cluster or its folder."""
 
 
 class BranchError(EspalierError):

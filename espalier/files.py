@@ -1,10 +1,11 @@
-"""Whole files or none: write to a temporary neighbour, then rename.
+"""Whole files or none: write to a temporary neighbour, then rename. And locks between processes.
 
 A reader never sees half a file, and a full disk or a kill leaves the old content in place.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -68,3 +69,18 @@ def whole_folder(target: Path, staging: Path | None = None) -> Iterator[Path]:
             os.rename(growing, target)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock `file` for the block, against other processes; the system lets go of a killed process' locks.
+
+    Yields True; without `wait`, False if another process holds it.
+    """
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import ProgressColumn, Task
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from espalier.contract import HeadInfo, Structure
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from export.repository import Exported
     from serving.triton import TritonServer
     from training.card import Card
+    from training.search import Result
     from training.selection import Selection
 
 output = Console()
@@ -55,6 +59,45 @@ def branch(card: "BranchCard", out: Path, trained: bool) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+class TimeLeft(ProgressColumn):
+    """The time left, from the field `share`: the part of the work that is done, from 0 to 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told, self._ends = 0.0, 0.0  # of the last share that was told: itself, and the end by it
+
+    def render(self, task: Task) -> Text:
+        """Show hours, minutes and seconds, which count down until a new share is told."""
+        elapsed, share = task.elapsed or 0.0, task.fields["share"]
+        if share != self._told:
+            self._told, self._ends = share, elapsed / share
+        left = f"{timedelta(seconds=int(max(0.0, self._ends - elapsed)))} left" if self._told else "-:--:-- left"
+        return Text(left, style="progress.remaining")
+
+
+def search(result: "Result", out: Path) -> None:
+    """Print the table of a search, where its best branch lies, and what to do with it."""
+    from training.search import TABLE_HEAD, branch_folder, table_cells
+
+    spec, best = result.spec, result.best
+    table = Table(*TABLE_HEAD, title=f"{spec.name}: dev {spec.metric}", title_justify="left")
+    for cells in table_cells(result):
+        table.add_row(*(f"[bold]{cell}[/]" if cells[-1].endswith("*") else cell for cell in cells))
+    output.print(table)
+    for name, reason in result.failed.items():
+        messages.print(f"{name} failed: {reason}", markup=False, soft_wrap=True)
+    folder = out / branch_folder(best.trial.layers)
+    if result.teacher is None and best.trial.layers > 1:
+        next_step = f"espalier distill {folder} --layers 1 --out branches/{spec.name}"
+    else:
+        next_step = f"espalier export {folder}"
+    output.print(
+        f"best: [bold]{best.trial.name}[/] {result.score(best):.4f} → {escape(str(folder))}\n"
+        f"next: {escape(next_step)}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def card(made: "Card", branch: "BranchCard") -> None:

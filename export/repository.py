@@ -1,7 +1,6 @@
 """Branches into a model repository: segments, heads, tokenizer, ensemble; each folder whole or untouched."""
 
 import contextlib
-import fcntl
 import functools
 import os
 import shutil
@@ -30,7 +29,7 @@ from espalier.contract import (
 )
 from espalier.encoder import Base, load_base
 from espalier.errors import ExportError, FingerprintError
-from espalier.files import whole_folder, write_whole
+from espalier.files import locked, whole_folder, write_whole
 from espalier.repository import Repository, check_head
 from export.check import compare_head, compare_segment
 from export.models import head_model, segment_model
@@ -95,8 +94,7 @@ def export(
 def _locked(repository: Path) -> Iterator[None]:
     """Let one export at a time change `repository`."""
     repository.mkdir(parents=True, exist_ok=True)
-    with (repository / ".export.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(repository / ".export.lock"):
         _clear(repository)
         try:
             yield

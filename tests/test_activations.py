@@ -4,6 +4,8 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ def cache(tmp_path: Path) -> ActivationCache:
 def features_of(spec: TaskSpec, base: Base) -> list[dict[str, Any]]:
     data = load_data(spec)
     return featurize(spec.kind, data.labels, base.tokenizer, base.max_length, data.train)
+
+
+def sets(cache: ActivationCache) -> list[Path]:
+    """Return what lies in the cache, half-written sets included."""
+    return [path for path in cache.folder.iterdir() if path.name != ".lock"]
 
 
 def nothing(done: int, total: int) -> None:
@@ -80,7 +87,7 @@ def test_they_are_computed_once_for_all_seeds_rates_and_students(
     train(spec, tiny, 1, 1, Arguments(1, 1e-3, 8), tmp_path / "third", report, cache)
     distill(tmp_path / "first", tiny, 1, Arguments(1, 1e-3, 8), tmp_path / "student", report, cache=cache)
     assert set(stages) == {"training"}
-    assert len(list(cache.folder.iterdir())) == 2  # train and dev
+    assert len(sets(cache)) == 2  # train and dev
 
 
 @pytest.mark.parametrize("change", ["tap", "text", "trunk"])
@@ -95,7 +102,7 @@ def test_what_they_depend_on_names_them(change: str, spec: TaskSpec, tiny: Base,
             cache.get(tiny, 1, features[::-1], nothing)
         case "trunk":
             cache.get(base, 1, features, nothing)
-    assert len(list(cache.folder.iterdir())) == 2
+    assert len(sets(cache)) == 2
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -125,7 +132,30 @@ def test_a_limit_is_told_before_it_is_exceeded(spec: TaskSpec, tiny: Base, tmp_p
     with pytest.raises(DataError, match=r"60 texts at tap 1 need .* raise --cache-limit, or train without --cache"):
         cache.get(tiny, 1, features, lambda at, total: done.append(at))
     assert not done
-    assert len(list(cache.folder.iterdir())) == 1
+    assert len(sets(cache)) == 1
+
+
+def test_two_that_need_the_same_compute_it_once(spec: TaskSpec, tiny: Base, cache: ActivationCache) -> None:
+    """Locks are held by open files: what keeps two threads apart keeps two processes apart."""
+    features = features_of(spec, tiny)
+    begun = threading.Event()
+    computed: list[str] = []
+
+    def get(name: str) -> None:
+        def report(done: int, total: int) -> None:
+            computed.append(name)
+            begun.set()
+            time.sleep(0.05)
+
+        cache.get(tiny, 1, features, report)
+
+    first = threading.Thread(target=get, args=("first",))
+    first.start()
+    assert begun.wait(20)
+    get("second")
+    first.join()
+    assert set(computed) == {"first"}
+    assert len(sets(cache)) == 1
 
 
 def test_a_stopped_computation_leaves_nothing(spec: TaskSpec, tiny: Base, cache: ActivationCache) -> None:
@@ -135,7 +165,7 @@ def test_a_stopped_computation_leaves_nothing(spec: TaskSpec, tiny: Base, cache:
     features = features_of(spec, tiny)
     with pytest.raises(KeyboardInterrupt):
         cache.get(tiny, 1, features, stop)
-    assert list(cache.folder.iterdir()) == []
+    assert sets(cache) == []
     assert np.isfinite(cache.get(tiny, 1, features, nothing)[0]).all()
 
 
@@ -153,4 +183,4 @@ def test_a_full_disk_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert done.returncode == 1
     assert "Error: the activations cannot be written to" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / ".activations").iterdir())
+    assert not sets(ActivationCache(tmp_path / ".activations"))

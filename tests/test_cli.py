@@ -19,7 +19,7 @@ from espalier import cli
 from espalier.contract import Kind
 from serving.triton import TritonServer, free_ports
 
-COMMANDS = ("train", "distill", "card", "export", "serve", "ask", "tasks", "evaluate")
+COMMANDS = ("train", "distill", "search", "select", "card", "export", "serve", "ask", "tasks", "evaluate")
 
 
 @pytest.fixture
@@ -252,7 +252,8 @@ def test_a_path_that_is_not_there(command: tuple[str, ...], espalier, tmp_path: 
 
 
 def test_every_command_in_the_readme_exists() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "real-data.md").read_text("utf-8")
+    pages = ("README.md", "docs/real-data.md", "docs/training.md")
+    readme = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
     used = set(re.findall(r"^espalier (\w+)", readme, flags=re.MULTILINE))
     assert used == set(COMMANDS)
     for line in re.findall(r"^espalier .*$", readme, flags=re.MULTILINE):

@@ -30,8 +30,7 @@ COSTS = Costs(
 
 
 def candidate(task: str, tap: int, layers: int, *scores: float) -> Candidate:
-    branches = tuple(Path(f"{task}-{tap}-{layers}-{seed}") for seed in range(len(scores)))
-    return Candidate(task, Kind.CLASSIFICATION, "accuracy", tap, layers, True, scores, branches)
+    return Candidate(task, Kind.CLASSIFICATION, "accuracy", tap, layers, True, scores, Path(f"{task}-{tap}-{layers}"))
 
 
 @st.composite
@@ -85,11 +84,10 @@ def test_a_folded_layer_may_be_counted_as_what_it_costs() -> None:
     assert counted.milliseconds(COSTS) == pytest.approx(1.0 + 1.1)
 
 
-def test_scores_are_means_over_seeds_and_the_best_branch_is_deployed() -> None:
+def test_scores_are_means_over_seeds() -> None:
     seeds = candidate("a", 1, 1, 80.0, 83.0, 81.5)
     assert seeds.score == pytest.approx(81.5)
     assert seeds.spread == pytest.approx(1.5)
-    assert seeds.best == Path("a-1-1-1")
     assert candidate("a", 1, 1, 80.0).spread is None
 
 
@@ -103,7 +101,8 @@ def test_branches_that_differ_in_their_seed_alone_are_one_candidate(base: Base, 
         make_branch(base, specs / "intent.yaml", SHALLOW, 1, tmp_path / f"one-{seed}", seed)
     make_branch(base, specs / "intent.yaml", SHALLOW, 2, tmp_path / "below" / "two")
     found = sorted(find_candidates([tmp_path, tmp_path / "below"]), key=lambda c: c.layers)
-    assert [(c.layers, len(c.branches)) for c in found] == [(1, 2), (2, 1)]
+    assert [(c.layers, len(c.scores)) for c in found] == [(1, 2), (2, 1)]
+    assert found[1].best == tmp_path / "below" / "two"
     with pytest.raises(BranchError, match="no branch in or below"):
         find_candidates([specs])
 

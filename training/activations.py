@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from espalier.encoder import Base
 from espalier.errors import DataError
-from espalier.files import digest, whole_folder
+from espalier.files import digest, locked, whole_folder
 from training.features import collate
 
 HIDDEN_FILE = "hidden.f16"  # [T,H], the tokens of all texts one after the other
@@ -82,9 +82,15 @@ class ActivationCache:
         tokens = np.concatenate([np.array([f["input_ids"], f["token_type_ids"]], np.int32) for f in features], axis=1)
         name = digest(base.fingerprint(tap), np.array(lengths, np.int32).tobytes(), tokens.tobytes())[:24]
         target = self.folder / name
-        if not (target / SHAPE_FILE).exists():
-            self._compute(target, base, tap, features, report)
-        os.utime(target)  # when it was last of use, for whoever clears up
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # One process at a time computes: others that need the same find it done, and the limit holds for all.
+            with locked(self.folder / ".lock"):
+                if not (target / SHAPE_FILE).exists():
+                    self._compute(target, base, tap, features, report)
+                os.utime(target)  # when it was last of use, for whoever clears up
+        except OSError as error:
+            raise DataError(f"the activations cannot be written to {self.folder}: {error.strerror or error}") from error
         return Activations(target, lengths)
 
     def _compute(self, target: Path, base: Base, tap: int, features: Sequence[dict[str, Any]], report: Report) -> None:
@@ -92,31 +98,27 @@ class ActivationCache:
         lengths = np.array([len(feature["input_ids"]) for feature in features])
         starts = np.cumsum(lengths) - lengths
         needed = int(lengths.sum()) * size * 2
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(f".{target.name}.*"):
-                shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed
-            self._check_room(needed, len(features), tap)
-            with whole_folder(target) as growing:
-                with (growing / HIDDEN_FILE).open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, needed)  # a full disk is an error here, a SIGBUS in the map
-                hidden = np.memmap(growing / HIDDEN_FILE, np.float16, "r+", shape=(int(lengths.sum()), size))
-                with accelerated(base.encoder) as device:
-                    order = np.argsort(lengths, kind="stable")  # little padding
-                    for at in range(0, len(order), BATCH_SIZE):
-                        rows = order[at : at + BATCH_SIZE]
-                        batch = collate([features[row] for row in rows])
-                        inputs = (batch[key].to(device) for key in ("input_ids", "token_type_ids", "mask"))
-                        with torch.no_grad():
-                            states = base.encoder(*inputs, tap=tap).cpu().numpy()  # [B,S,H]
-                        for row, state in zip(rows, states, strict=True):
-                            hidden[starts[row] : starts[row] + lengths[row]] = state[: lengths[row]]
-                        report(at + len(rows), len(order))
-                hidden.flush()
-                shape = {"tokens": int(lengths.sum()), "hidden_size": size, "tap": tap, "base": base.name}
-                (growing / SHAPE_FILE).write_text(json.dumps(shape))
-        except OSError as error:
-            raise DataError(f"the activations cannot be written to {self.folder}: {error.strerror or error}") from error
+        for stale in self.folder.glob(f".{target.name}.*"):
+            shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed
+        self._check_room(needed, len(features), tap)
+        with whole_folder(target) as growing:
+            with (growing / HIDDEN_FILE).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, needed)  # a full disk is an error here, a SIGBUS in the map
+            hidden = np.memmap(growing / HIDDEN_FILE, np.float16, "r+", shape=(int(lengths.sum()), size))
+            with accelerated(base.encoder) as device:
+                order = np.argsort(lengths, kind="stable")  # little padding
+                for at in range(0, len(order), BATCH_SIZE):
+                    rows = order[at : at + BATCH_SIZE]
+                    batch = collate([features[row] for row in rows])
+                    inputs = (batch[key].to(device) for key in ("input_ids", "token_type_ids", "mask"))
+                    with torch.no_grad():
+                        states = base.encoder(*inputs, tap=tap).cpu().numpy()  # [B,S,H]
+                    for row, state in zip(rows, states, strict=True):
+                        hidden[starts[row] : starts[row] + lengths[row]] = state[: lengths[row]]
+                    report(at + len(rows), len(order))
+            hidden.flush()
+            shape = {"tokens": int(lengths.sum()), "hidden_size": size, "tap": tap, "base": base.name}
+            (growing / SHAPE_FILE).write_text(json.dumps(shape))
 
     def _check_room(self, needed: int, texts: int, tap: int) -> None:
         used = sum(file.stat().st_size for file in self.folder.glob(f"*/{HIDDEN_FILE}"))

@@ -1,33 +1,26 @@
-"""The pictures of a branch card, as PNG bytes.
+"""The pictures of a branch card, as PNG."""
 
-Drawn on Agg canvases of their own: nothing here touches pyplot's global state or needs a display.
-"""
-
-import io
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
+
+from training.plots import new_figure, png
 
 MOST_LABELS = 20
 """Labels that a confusion matrix shows legibly."""
 MOST_BARS = 40
 
-DOTS_PER_INCH = 120
 LONGEST_NAME = 24  # characters
 COLOUR, ACCENT = "#2a6f97", "#c1440e"
 
 
 def by_epoch(history: Sequence[dict[str, float]], metric: str, kept: float) -> bytes:
     """Plot the dev metrics by epoch, `metric` strongest; the epoch `kept` is marked."""
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = new_figure(6.4, 3.6)
     epochs = [entry["epoch"] for entry in history]
     others = [name for name in history[0] if name not in ("epoch", "loss", metric)]
     for name in others:
@@ -38,14 +31,13 @@ def by_epoch(history: Sequence[dict[str, float]], metric: str, kept: float) -> b
     axes.plot([kept], [best], "o", markersize=12, fillstyle="none", color=ACCENT, label="kept")
     axes.set(xlabel="epoch", ylabel="dev metric")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def lengths(tokens: Mapping[str, Sequence[int]], limit: int) -> bytes:
     """Plot a histogram of text lengths by split, in tokens; `limit` is where texts are cut."""
-    figure, axes = _figure(6.4, 3.0)
+    figure, axes = new_figure(6.4, 3.0)
     longest = max(max(counts) for counts in tokens.values())
     width = longest // MOST_BARS + 1
     bins = list(range(0, longest + width + 1, width))
@@ -55,9 +47,8 @@ def lengths(tokens: Mapping[str, Sequence[int]], limit: int) -> bytes:
     if longest > limit:
         axes.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"cut at {limit}")
     axes.set(xlabel="tokens in a text", ylabel="share of the split")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def confusion(matrix: npt.NDArray[np.int64], labels: Sequence[str]) -> bytes:
@@ -67,7 +58,8 @@ def confusion(matrix: npt.NDArray[np.int64], labels: Sequence[str]) -> bytes:
     totals = matrix.sum(1)[shown, None]
     shares = np.divide(part, totals, out=np.zeros(part.shape), where=totals > 0)
     size = 2.2 + 0.42 * len(shown)
-    figure, axes = _figure(size + 1.2, size)
+    figure, axes = new_figure(size + 1.2, size)
+    axes.grid(visible=False)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*part.shape):
         if part[row, column]:
@@ -78,7 +70,7 @@ def confusion(matrix: npt.NDArray[np.int64], labels: Sequence[str]) -> bytes:
     axes.set_yticks(range(len(shown)), names, parse_math=False)
     axes.set(xlabel="answer", ylabel="gold")
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the gold label")
-    return _png(figure)
+    return png(figure)
 
 
 def most_confused(matrix: npt.NDArray[np.int64]) -> list[int]:
@@ -90,21 +82,20 @@ def most_confused(matrix: npt.NDArray[np.int64]) -> list[int]:
 
 def scatter(gold: Sequence[float], answers: Sequence[float]) -> bytes:
     """Plot gold values against answers."""
-    figure, axes = _figure(5.2, 5.0)
+    figure, axes = new_figure(5.2, 5.0)
     ends = [min(*gold, *answers), max(*gold, *answers)]
     axes.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="answer = gold")
     axes.scatter(gold, answers, s=14, alpha=0.45, color=COLOUR, linewidths=0)
     axes.set(xlabel="gold", ylabel="answer")
     axes.set_aspect("equal", adjustable="datalim")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def slot_scores(names: Sequence[str], scores: Sequence[float], spans: Sequence[int]) -> bytes:
     """Plot F1 by slot type, with the number of gold spans; of many types the most frequent ones alone."""
     order = sorted(range(len(names)), key=lambda i: -spans[i])[:MOST_BARS]
-    figure, axes = _figure(6.4, 1.2 + 0.24 * len(order))
+    figure, axes = new_figure(6.4, 1.2 + 0.24 * len(order))
     places = range(len(order))
     axes.barh(places, [scores[i] for i in order], color=COLOUR)
     axes.set_yticks(places, [_name(names[i], i) for i in order], fontsize=8, parse_math=False)
@@ -114,23 +105,8 @@ def slot_scores(names: Sequence[str], scores: Sequence[float], spans: Sequence[i
     axes.text(1.02, -1, "spans", va="center", fontsize=8)
     axes.set(xlim=(0, 1), xlabel="F1 on dev")
     axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.grid(axis="x", alpha=0.3)
-    return _png(figure)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    # Without the software's version: equal cards are equal bytes.
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return buffer.getvalue()
+    axes.grid(visible=False, axis="y")
+    return png(figure)
 
 
 def _name(label: str, index: int) -> str:

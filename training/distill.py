@@ -21,7 +21,7 @@ from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
 from espalier.spec import TaskSpec
 from training.activations import ActivationCache
-from training.data import load_data
+from training.data import TaskData, load_data
 from training.features import IGNORED, featurize
 from training.finetune import hard_loss, inputs_digest, new_branch
 from training.fit import attach_activations, fit, up_to_date, workshop
@@ -48,14 +48,21 @@ def soft_loss(kind: Kind, logits: Tensor, labels: Tensor, teacher: Tensor) -> Te
     return TEMPERATURE**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
+def start_of(teacher: BranchCard, init: Init) -> str:
+    """Return the identity of a student's initial weights."""
+    return f"{teacher.digest} {init}"
+
+
 def distill(
     teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report,
     spec: TaskSpec | None = None, cache: ActivationCache | None = None, init: Init = Init.TEACHER,
+    data: TaskData | None = None,
 ) -> tuple[BranchCard, bool]:  # fmt: skip
     """Distil the branch at `teacher_path` to its bottommost `layers` layers; write the student to `out`.
 
-    `spec` says where the data lies, if not where it lay when the teacher was trained. Returns the student's card, and
-    whether it was trained now (False: the branch at `out` was up to date).
+    `spec` says where the data lies, if not where it lay when the teacher was trained; `data` is what `load_data` gives
+    for the spec and the arguments, if the caller has it. Returns the student's card, and whether it was trained now
+    (False: the branch at `out` was up to date).
     """
     teacher, card = load_branch(teacher_path)
     check_trunk(card, base, str(teacher_path))
@@ -72,14 +79,13 @@ def distill(
     out = out.resolve()
     if out == teacher_path.resolve():
         raise BranchError(f"the student would replace its teacher {teacher_path}; give another output folder")
-    data = load_data(spec, arguments.max_train, arguments.max_dev)
+    data = data or load_data(spec, arguments.max_train, arguments.max_dev)
     if data.labels != card.labels:
         raise DataError(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    start = f"{card.digest} {init}"
-    inputs = inputs_digest(spec, data, base, start, card.tap, layers, arguments, cache is not None)
+    inputs = inputs_digest(spec, data, base, start_of(card, init), card.tap, layers, arguments, cache is not None)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 

@@ -26,11 +26,12 @@ RECIPE = "3"
 
 def train(
     spec: TaskSpec, base: Base, tap: int, layers: int | None, arguments: Arguments, out: Path, report: Report,
-    cache: ActivationCache | None = None,
+    cache: ActivationCache | None = None, data: TaskData | None = None,
 ) -> tuple[BranchCard, bool]:  # fmt: skip
     """Fine-tune a branch of `layers` layers above `tap`, starting from the base's own; write it to `out`.
 
-    With a `cache` the trunk runs once, not in every epoch; trainings on the same texts and tap share it.
+    With a `cache` the trunk runs once, not in every epoch; trainings on the same texts and tap share it. `data` is
+    what `load_data` gives for the spec and the arguments, if the caller has it.
     Returns its card, and whether it was trained now (False: the branch at `out` was up to date).
     """
     depth = base.config.num_hidden_layers
@@ -40,7 +41,7 @@ def train(
     if not 0 <= layers <= depth - tap:
         raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
     out = out.resolve()
-    data = load_data(spec, arguments.max_train, arguments.max_dev)
+    data = data or load_data(spec, arguments.max_train, arguments.max_dev)
     inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache is not None)
     if card := up_to_date(out, inputs):
         return card, False

@@ -5,7 +5,6 @@ run again.
 """
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from espalier.branch import Branch, BranchCard, Teacher, load_branch, read_card, save_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError
+from espalier.files import locked
 from espalier.spec import TaskSpec
 from training.activations import ActivationCache, accelerated
 from training.data import TaskData
@@ -52,7 +52,7 @@ def workshop(out: Path, inputs: str) -> Iterator[Path]:
     work = out.parent / f".{out.name}.training-{inputs[:12]}"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with _alone_in(work) as alone:
+        with locked(work / "lock", wait=False) as alone:
             if not alone:
                 raise BranchError(f"another process is training {out} in just this way; wait for it")
             yield work
@@ -61,21 +61,9 @@ def workshop(out: Path, inputs: str) -> Iterator[Path]:
         raise BranchError(f"the branch cannot be written to {out}: {error.strerror or error}") from error
     for stopped in out.parent.glob(f".{out.name}.training-*"):
         # Another run may clear it away at the same moment.
-        with contextlib.suppress(FileNotFoundError), _alone_in(stopped) as alone:
+        with contextlib.suppress(FileNotFoundError), locked(stopped / "lock", wait=False) as alone:
             if alone:
                 shutil.rmtree(stopped)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[bool]:
-    """Lock `folder` for the block; yield False if another process has it."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 class _Model(nn.Module):

@@ -1,14 +1,10 @@
 """The front of selection as a plot: mean dev score against cost, in three measures of cost."""
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from espalier.costs import Costs
-from espalier.files import write_whole
+from training.plots import GRID, INK, new_row, write_figure
 from training.selection import Selection
 
 
@@ -25,20 +21,15 @@ def plot_front(
         (f"layers, a folded one as {costs.folded:.2f}", lambda plan: plan.folded_layers(costs)),
         (f"ms per text (batch {costs.batch}, {costs.mean_length:.0f} tokens)", lambda plan: plan.milliseconds(costs)),
     ]
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    for axes, (label, cost) in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
+    figure, row = new_row(12, 4, [label for label, _ in measures], "mean dev score (points)")
+    for axes, (_, cost) in zip(row, measures, strict=True):
+        axes.plot([cost(p) for p in plans], [p.score for p in plans], color=GRID, zorder=1)
         for tap in sorted({plan.tap for plan in plans}):
             at = [plan for plan in plans if plan.tap == tap]
             axes.plot([cost(p) for p in at], [p.score for p in at], "o", markersize=5, label=f"trunk of {tap} layers")
-        axes.plot(cost(chosen), chosen.score, "*", color="black", markersize=14, label="chosen", zorder=3)
+        axes.plot(cost(chosen), chosen.score, "*", color=INK, markersize=14, label="chosen", zorder=3)
         if full is not None:
-            axes.axhline(full, color="grey", linestyle="--", linewidth=1, label="full fine-tuning")
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
-    figure.axes[0].set_ylabel("mean dev score (points)")
-    figure.axes[0].legend(loc="lower right")
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    write_whole(path, buffer.getvalue())
+            axes.axhline(full, color=INK, linestyle="--", linewidth=1, label="full fine-tuning")
+        axes.set_xlim(0, 1.05 * max(cost(plan) for plan in (*plans, chosen)))
+    row[0].legend(loc="lower right", frameon=False)
+    write_figure(figure, path)

@@ -20,6 +20,7 @@ from espalier.contract import Kind
 from espalier.costs import Costs, executed
 from espalier.errors import BranchError, SpecError
 from espalier.plan import Plan, PlannedTask, write_plan
+from training.search import searched_scores
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Candidate:
     tap: int
     layers: int
     distilled: bool
-    scores: tuple[float, ...]  # points, by branch
-    branches: tuple[Path, ...]
+    scores: tuple[float, ...]  # points, by seed
+    best: Path  # the branch with the best dev score: the one to deploy
 
     @property
     def score(self) -> float:
@@ -44,11 +45,6 @@ class Candidate:
     def spread(self) -> float | None:
         """Standard deviation over seeds, in points; None for one seed."""
         return stdev(self.scores) if len(self.scores) > 1 else None
-
-    @property
-    def best(self) -> Path:
-        """The branch with the best dev score: the one to deploy."""
-        return max(zip(self.scores, self.branches, strict=True), key=lambda pair: pair[0])[1]
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,9 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
     groups: dict[tuple[object, ...], list[tuple[Path, BranchCard]]] = defaultdict(list)
     first: tuple[Path, BranchCard] | None = None
     for folder in folders:
-        found = sorted(path.parent for path in folder.rglob(CARD_FILE))
+        cards = folder.rglob(CARD_FILE)
+        # Folders with a dot hold what is not finished.
+        found = sorted(c.parent for c in cards if not any(part[0] == "." for part in c.relative_to(folder).parts))
         if not found:
             raise BranchError(f"{folder}: there is no branch in or below it")
         for path in found:
@@ -110,7 +108,9 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
 
 
 def _candidate(group: Sequence[tuple[Path, BranchCard]]) -> Candidate:
-    card = group[0][1]
+    best, card = max(group, key=lambda pair: pair[1].score)
+    # Of the seeds of a search the best one alone has a branch; the search remembers the others' scores.
+    scores = [score for path, each in group for score in searched_scores(path, each) or (each.score,)]
     return Candidate(
         task=card.spec.name,
         kind=card.spec.kind,
@@ -118,8 +118,8 @@ def _candidate(group: Sequence[tuple[Path, BranchCard]]) -> Candidate:
         tap=card.tap,
         layers=card.layers,
         distilled=card.teacher is not None,
-        scores=tuple(100 * card.score for _, card in group),
-        branches=tuple(path for path, _ in group),
+        scores=tuple(100 * score for score in scores),
+        best=best,
     )
 
 
@@ -195,8 +195,9 @@ def write(path: Path, plan: Selection, threshold: float) -> None:
     notes = {}
     for c in plan.chosen:
         spread = "" if c.spread is None else f" ± {c.spread:.1f}"
+        seeds = "one seed" if len(c.scores) == 1 else f"{len(c.scores)} seeds"
         made = "distilled" if c.distilled else "not distilled"
-        notes[c.task] = f"{c.metric} {c.score:.1f}{spread} on dev, {len(c.scores)} seeds, {made}"
+        notes[c.task] = f"{c.metric} {c.score:.1f}{spread} on dev, {seeds}, {made}"
     header = (
         f"Selected with a threshold of {threshold:g} points a layer: trunk of {plan.tap} layers, {plan.layers} layers\n"
         f"executed for {len(plan.chosen)} tasks, mean dev score {plan.score:.2f}.\n"

@@ -1,15 +1,11 @@
 """What GLUE gave: `glue.json`, and `glue.md` with plots made from it, so that both have the same numbers."""
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from espalier.branch import BranchCard
 from espalier.costs import Costs
@@ -18,6 +14,7 @@ from espalier.files import write_whole
 from training.front import plot_front
 from training.full import FullCard
 from training.glue import TASKS, Settings, Step
+from training.plots import INK, new_figure, write_figure
 from training.selection import Candidate, Selection, front, summary
 
 PAPER = {"selected": 82.5, "full": 82.8, "overhead_layers": 0.343}
@@ -132,9 +129,7 @@ def plot_tasks(path: Path, content: dict[str, Any]) -> None:
         "kd1": "distilled to 1",
         "selected": "selected",
     }
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = new_figure(10, 4.2, "", "dev score less full fine-tuning (points)")
     for index, (key, label) in enumerate(ways.items()):
         places, heights, errors = [], [], []
         for place, task in enumerate(content["tasks"].values()):
@@ -143,16 +138,12 @@ def plot_tasks(path: Path, content: dict[str, Any]) -> None:
                 heights.append(task[key] - task["full"])
                 errors.append(task[f"{key}_sd"] or 0.0)
         marker = "*" if key == "selected" else "o"
-        color = "black" if key == "selected" else f"C{index}"
+        color = INK if key == "selected" else f"C{index}"
         axes.errorbar(places, heights, errors, fmt=marker, color=color, capsize=2, markersize=8, label=label)
-    axes.axhline(0, color="grey", linestyle="--", linewidth=1)
+    axes.axhline(0, color=INK, linestyle="--", linewidth=1)
     axes.set_xticks(range(len(content["tasks"])), list(content["tasks"]))
-    axes.set_ylabel("dev score less full fine-tuning (points)")
-    axes.grid(axis="y", alpha=0.3)
     axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.13), frameon=False)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    write_whole(path, buffer.getvalue())
+    write_figure(figure, path)
 
 
 def markdown(content: dict[str, Any]) -> str:
