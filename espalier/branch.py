@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -48,6 +49,7 @@ class BranchCard(BaseModel):
     fingerprint: str  # of the frozen part below the tap, tokenizer included
     tap: int
     layers: int
+    folded: int  # of the layers, at the top: they compute the first token alone
     encoder: dict[str, Any]  # the EncoderConfig of its layers
     metrics: dict[str, float]  # on dev, of the epoch that was kept
     history: list[dict[str, float]]  # dev metrics by epoch
@@ -67,7 +69,10 @@ class BranchCard(BaseModel):
     @property
     def digest(self) -> str:
         """Identity of the branch: of its weights, labels, tap and trunk."""
-        return digest(self.spec.name, self.weights, json.dumps(self.labels), str(self.tap), self.fingerprint)
+        parts = [self.spec.name, self.weights, json.dumps(self.labels), str(self.tap), self.fingerprint]
+        if self.folded > 1:
+            parts.append(str(self.folded))
+        return digest(*parts)
 
     def with_paths(self, change: Callable[[Path], Path]) -> "BranchCard":
         """Return a copy whose paths, those of the data and of the teacher, went through `change`."""
@@ -80,10 +85,24 @@ class Branch(nn.Module):
 
     Logits are [B,C] for classification, [B,1] for regression (both read the first token, [CLS]), and [B,S,C] for
     tagging, where a `crf` above them may choose the labels.
+
+    The top `folded` layers of a sentence branch compute the first token alone, and read the other tokens' states above
+    the layers that are not folded. Folding the last layer changes nothing, since nobody reads its other tokens; it is
+    the default. A branch with more folded layers is another model, whose further layers cost next to nothing.
     """
 
-    def __init__(self, config: EncoderConfig, kind: Kind, layers: int, outputs: int, crf: CRF | None = None) -> None:
+    def __init__(
+        self, config: EncoderConfig, kind: Kind, layers: int, outputs: int, crf: CRF | None = None,
+        folded: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        least, most = foldable(kind, layers)
+        self.folded = least if folded is None else folded
+        if not least <= self.folded <= most:
+            raise BranchError(
+                f"{self.folded} folded layers do not fit: of {layers} layers of a {kind} branch "
+                + (f"{least} to {most} can be folded" if most else "none can be folded")
+            )
         self.config = config
         self.kind = kind
         self.layers = nn.ModuleList(Layer(config) for _ in range(layers))
@@ -93,11 +112,16 @@ class Branch(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the logits for hidden [B,S,H]; mask [B,S] is true for real tokens."""
-        sentence = self.kind is not Kind.TAGGING
-        for index, layer in enumerate(self.layers, start=1):
-            hidden = layer(hidden, mask, first_alone=sentence and index == len(self.layers))
-        if sentence:
-            hidden = hidden[:, 0]  # [B,H]
+        full = len(self.layers) - self.folded
+        for layer in self.layers[:full]:
+            hidden = layer(hidden, mask)
+        if self.kind is not Kind.TAGGING:
+            states, first = hidden, hidden[:, :1]  # [B,S,H], [B,1,H]
+            for index, layer in enumerate(self.layers[full:]):
+                if index > 0:
+                    states = torch.cat([first, states[:, 1:]], dim=1)
+                first = layer(states, mask, first_alone=True)
+            hidden = first[:, 0]  # [B,H]
         logits: Tensor = self.output(self.dropout(hidden))
         return logits
 
@@ -116,6 +140,11 @@ class Branch(nn.Module):
             return logits
         assert words is not None
         return self.crf.answer(logits, words, mask)
+
+
+def foldable(kind: Kind, layers: int) -> tuple[int, int]:
+    """Return how many of the top layers are folded at least and at most: the last one always; in tagging none."""
+    return (0, 0) if kind is Kind.TAGGING else (min(1, layers), layers)
 
 
 def check_place(path: Path) -> None:
@@ -182,7 +211,7 @@ def load_branch(path: Path) -> tuple[Branch, BranchCard]:
     try:
         outputs = max(1, len(card.labels))
         crf = CRF(card.labels) if card.spec.structure is Structure.CRF else None
-        branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, outputs, crf)
+        branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, outputs, crf, card.folded)
         branch.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -36,6 +36,10 @@ Base = Annotated[
     str, typer.Option(help="Pre-trained BERT: hub id, local folder, or pkg:PACKAGE/FOLDER for one in a Python package.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of the base on the hub.")]
+Folded = Annotated[
+    int | None,
+    typer.Option(help="Layers, of those at the top, that compute [CLS] alone. [default: 1, of a tagging task 0]"),
+]
 Epochs = Annotated[int, typer.Option(help="Passes over train; the best one on dev is kept.")]
 LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
@@ -68,6 +72,7 @@ def train(
     revision: Revision = None,
     data: Data = None,
     layers: Annotated[int | None, typer.Option(help="Task layers above the tap. [default: all that are left]")] = None,
+    folded: Folded = None,
     epochs: Epochs = 4,
     learning_rate: LearningRate = 5e-5,
     batch_size: BatchSize = 32,
@@ -95,15 +100,16 @@ def train(
     arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
     with training_progress(task.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
-        card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report, cache)
+        card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report, cache, folded=folded)
     _print_branch(card, out, trained, as_json)
 
 
 @app.command(epilog="Example: `espalier distill branches/sst2 --layers 1 --out branches/sst2-1`")
 def distill(
     teacher: Annotated[Path, typer.Argument(help="The branch folder of the teacher.")],
-    layers: Annotated[int, typer.Option(help="Layers of the student, fewer than the teacher's.")],
+    layers: Annotated[int, typer.Option(help="Layers of the student; at most the teacher's.")],
     out: Annotated[Path, typer.Option(help="The student's branch folder.")],
+    folded: Folded = None,
     init: Annotated[
         Literal["teacher", "pretrained"], typer.Option(help="Start from the teacher's bottommost layers or the base's.")
     ] = "teacher",
@@ -137,7 +143,10 @@ def distill(
     arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
     with training_progress(card.spec.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
-        student, trained = distil_branch(teacher, loaded, layers, arguments, out, report, task, cache, Init(init))
+        start = Init(init)
+        student, trained = distil_branch(
+            teacher, loaded, layers, arguments, out, report, task, cache, start, folded=folded
+        )
     _print_branch(student, out, trained, as_json)
 
 
@@ -286,9 +295,9 @@ def select(
         card = read_card(candidates[0].best)
         loaded = load_base(base) if base else load_base(card.base, card.revision)
         status.update("measuring what heads and trunks cost")
-        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers) for c in candidates})
-    folded = costs.folded if count == "folded" else 1.0
-    plan = selection.select(candidates, threshold, lambda c: executed(c.kind, c.layers, folded))
+        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers, c.folded) for c in candidates})
+    fraction = costs.folded if count == "folded" else 1.0
+    plan = selection.select(candidates, threshold, lambda c: executed(c.layers, c.folded, fraction))
     plans = selection.front(candidates)
     selection.write(out, plan, threshold)
     plot_front(front, plans, plan, costs, loaded.config.num_hidden_layers)

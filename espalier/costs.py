@@ -11,14 +11,12 @@ class Costs:
     """Milliseconds per text, and what folding saves."""
 
     trunk: Mapping[int, float]  # by tap: embeddings and all layers below it
-    heads: Mapping[tuple[Kind, int], float]  # by kind and task layers
+    heads: Mapping[tuple[Kind, int, int], float]  # by kind, task layers, and how many of them are folded
     folded: float  # a head of one folded layer as a fraction of a full layer
     mean_length: float  # tokens per text of the measured traffic
     batch: int  # texts per execution
 
 
-def executed(kind: Kind, layers: int, folded: float) -> float:
-    """Return the task layers of a head; the last one of a head that reads [CLS] alone counts as `folded`."""
-    if kind is Kind.TAGGING or layers == 0:
-        return layers
-    return layers - 1 + folded
+def executed(layers: int, folded: int, fraction: float) -> float:
+    """Return the task layers of a head, the `folded` ones among them counted as `fraction`."""
+    return layers - folded + folded * fraction

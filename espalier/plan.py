@@ -5,6 +5,7 @@ tasks:
     branch: cola/tap3-kd2-s0   # relative to the plan
     tap: 3
     layers: 2
+    folded: 1
 """
 
 import os
@@ -19,13 +20,14 @@ from espalier.files import write_whole
 
 
 class PlannedTask(BaseModel):
-    """The branch of one task. Tap and layers are there to be read; they must be the branch's own."""
+    """The branch of one task. Its shape is there to be read; it must be the branch's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     branch: Path
     tap: int
     layers: int
+    folded: int  # of the layers
 
 
 class Plan(BaseModel):
@@ -44,7 +46,7 @@ def write_plan(path: Path, plan: Plan, notes: Mapping[str, str], header: str) ->
     for task, planned in plan.tasks.items():
         branch = os.path.relpath(planned.branch.resolve(), home)
         lines.append(f"  {task}:  # {notes[task]}" if task in notes else f"  {task}:")
-        fields = yaml.safe_dump({"branch": branch, "tap": planned.tap, "layers": planned.layers}, sort_keys=False)
+        fields = yaml.safe_dump({**planned.model_dump(), "branch": branch}, sort_keys=False)
         lines += [f"    {field}" for field in fields.splitlines()]
     write_whole(path, "\n".join(lines) + "\n")
 
@@ -63,7 +65,7 @@ def read_plan(path: Path) -> Plan:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SpecError(
-            f"{path}: {where or 'plan'}: {first['msg']}; a plan has tasks, each with branch, tap and layers"
+            f"{path}: {where or 'plan'}: {first['msg']}; a plan has tasks, each with branch, tap, layers and folded"
         ) from error
     home = path.resolve().parent
     return Plan(

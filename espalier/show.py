@@ -116,10 +116,11 @@ def selection(
     plan: "Selection", plans: "Sequence[Selection]", costs: "Costs", depth: int, out: Path, front: Path
 ) -> None:
     """Print the chosen plan, and the plans that no other beats."""
-    table = Table("task", "metric", "dev score", "tap", "layers", "branch", title=str(out), title_justify="left")
+    columns = ("task", "metric", "dev score", "tap", "layers", "folded", "branch")
+    table = Table(*columns, title=str(out), title_justify="left")
     for c in plan.chosen:
-        spread = "" if c.spread is None else f" ± {c.spread:.1f}"
-        table.add_row(c.task, c.metric, f"{c.score:.1f}{spread}", str(c.tap), str(c.layers), escape(str(c.best)))
+        score = f"{c.score:.1f}" if c.spread is None else f"{c.score:.1f} ± {c.spread:.1f}"
+        table.add_row(c.task, c.metric, score, str(c.tap), str(c.layers), str(c.folded), escape(str(c.best)))
     output.print(table)
     whole = depth * len(plan.chosen)
     table = Table("", "mean score", "layers", "of all", "with folding", "of all", "ms per text")

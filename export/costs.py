@@ -23,17 +23,17 @@ BATCHES = 4
 ROUNDS = 15
 LABELS = 3
 
-Model = tuple[str, Kind | None, int]
-"""A trunk up to a tap ("trunk"), one layer alone ("layer"), or a head of a kind and depth ("head")."""
+Model = tuple[str, Kind | None, int, int]
+"""A trunk up to a tap ("trunk"), one layer alone ("layer"), or a head: its kind, its layers, and the folded ones."""
 
 
 def measure(
     base: Base,
     taps: Iterable[int],
-    heads: Iterable[tuple[Kind, int]],
+    heads: Iterable[tuple[Kind, int, int]],
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Costs:
-    """Time trunks up to `taps` and heads of kinds and depths on ragged batches of mixed lengths.
+    """Time trunks up to `taps` and heads (kind, layers, folded ones) on ragged batches of mixed lengths.
 
     Lengths are log-normal, 5 to 128 tokens, about 23 in the mean: short questions with a tail of longer texts.
     `report` is told the rounds done, and all rounds.
@@ -49,13 +49,13 @@ def measure(
     hidden = [rng.normal(size=int(row.sum()) * config.hidden_size).astype(np.float32) for row in lengths]
 
     sessions: dict[Model, onnxruntime.InferenceSession] = {
-        ("layer", None, 1): _session(segment_model(encoder, 1, 2, Target.CPU))
+        ("layer", None, 1, 0): _session(segment_model(encoder, 1, 2, Target.CPU))
     }
     for tap in sorted(set(taps)):
-        sessions["trunk", None, tap] = _session(segment_model(encoder, 0, tap, Target.CPU))
-    for kind, layers in sorted(set(heads) | {(Kind.CLASSIFICATION, 1)}):
-        branch = Branch(config, kind, layers, 1 if kind is Kind.REGRESSION else LABELS)
-        sessions["head", kind, layers] = _session(head_model(branch, "task", Target.CPU))
+        sessions["trunk", None, tap, 0] = _session(segment_model(encoder, 0, tap, Target.CPU))
+    for kind, layers, folded in sorted(set(heads) | {(Kind.CLASSIFICATION, 1, 1)}):
+        branch = Branch(config, kind, layers, 1 if kind is Kind.REGRESSION else LABELS, folded=folded)
+        sessions["head", kind, layers, folded] = _session(head_model(branch, "task", Target.CPU))
 
     times: dict[Model, list[float]] = {model: [] for model in sessions}
     for number in range(-1, ROUNDS):  # the first round warms up
@@ -68,9 +68,9 @@ def measure(
         report(number + 2, ROUNDS + 1)
     taken = {model: median(values) for model, values in times.items()}
     return Costs(
-        trunk={tap: value for (what, _, tap), value in taken.items() if what == "trunk"},
-        heads={(kind, layers): value for (_, kind, layers), value in taken.items() if kind is not None},
-        folded=taken["head", Kind.CLASSIFICATION, 1] / taken["layer", None, 1],
+        trunk={tap: value for (what, _, tap, _), value in taken.items() if what == "trunk"},
+        heads={(kind, layers, folded): value for (_, kind, layers, folded), value in taken.items() if kind is not None},
+        folded=taken["head", Kind.CLASSIFICATION, 1, 1] / taken["layer", None, 1, 0],
         mean_length=fmean(lengths.ravel().tolist()),
         batch=BATCH,
     )
@@ -87,7 +87,7 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
 def _inputs(
     model: Model, batch: Batch, hidden: "np.typing.NDArray[np.float32]"
 ) -> "dict[str, np.typing.NDArray[np.generic]]":
-    what, _, _ = model
+    what = model[0]
     if what == "trunk":
         return feed(batch, {"input_ids": batch.flat_ids, "token_type_ids": batch.flat_types}, item_dims=1)
     return feed(batch, {BELOW if what == "layer" else "hidden": hidden}, item_dims=2)

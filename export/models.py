@@ -44,7 +44,7 @@ def segment_model(encoder: Encoder, start: int, stop: int, target: Target) -> by
 
 
 def head_model(branch: Branch, task: str, target: Target, words: Words | None = None) -> bytes:
-    """Return the ONNX of a branch. Of a sentence head the last layer is folded; a tagging head has none to fold.
+    """Return the ONNX of a branch. The top layers of a sentence head are folded; a tagging head has none.
 
     Inputs: `hidden` [P·H], `length` [B,1], `shape` [B,2]. Output, always FP32: `probabilities` [B,C], `value` [B,1],
     or for tagging `probabilities` [P,C]. With a CRF there is one more input, `input_ids` [P], and the output is `path`
@@ -55,17 +55,17 @@ def head_model(branch: Branch, task: str, target: Target, words: Words | None = 
     rows = _rows(graph, "hidden", branch.config.hidden_size)  # [P,H]
     layers: list[Any] = list(branch.layers)
     tagging = branch.kind is Kind.TAGGING
-    full = layers if tagging else layers[:-1]
+    full, folded = layers[: len(layers) - branch.folded], layers[len(layers) - branch.folded :]
     hidden, starts = rows, layout.starts
     if full or tagging:
         hidden, starts = graph.op("Gather", rows, layout.source, axis=0), layout.packed_starts  # [T,H]
     for index, layer in enumerate(full):
         hidden = packed_layer(graph, f"layers.{index}", layer, hidden, layout)
     if not tagging:
-        if layers:
-            hidden = folded_layer(graph, f"layers.{len(full)}", layers[-1], hidden, starts, layout)  # [B,H]
-        else:
-            hidden = graph.op("Gather", hidden, starts, axis=0)
+        first = None
+        for index, layer in enumerate(folded, start=len(full)):
+            first = folded_layer(graph, f"layers.{index}", layer, hidden, starts, layout, first)  # [B,H]
+        hidden = first or graph.op("Gather", hidden, starts, axis=0)
     if branch.crf is not None:
         assert words is not None
         ids = graph.input("input_ids", INT64, ["tokens"])

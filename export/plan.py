@@ -14,10 +14,11 @@ def planned_branches(path: Path) -> list[Path]:
         card = read_card(planned.branch)
         if card.spec.name != task:
             raise ExportError(f"{path}: task {task!r} names {planned.branch}, a branch of task {card.spec.name!r}")
-        if (card.tap, card.layers) != (planned.tap, planned.layers):
+        if (card.tap, card.layers, card.folded) != (planned.tap, planned.layers, planned.folded):
             raise ExportError(
-                f"{path}: task {task!r} is planned with tap {planned.tap} and {planned.layers} layers, but "
-                f"{planned.branch} has tap {card.tap} and {card.layers}; name another branch, or correct the plan"
+                f"{path}: task {task!r} is planned with tap {planned.tap}, {planned.layers} layers, {planned.folded} "
+                f"folded, but {planned.branch} has tap {card.tap}, {card.layers} layers, {card.folded} folded; name "
+                "another branch, or correct the plan"
             )
         folders.append(planned.branch)
     return folders

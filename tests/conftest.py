@@ -74,7 +74,8 @@ def card_for(base: Base, branch: Branch, spec_file: Path, tap: int, labels: tupl
     spec = load_spec(spec_file)
     return BranchCard(
         spec=spec, labels=labels, base=base.name, revision=base.revision, fingerprint=base.fingerprint(tap), tap=tap,
-        layers=len(branch.layers), encoder=asdict(base.config), metrics={spec.metric: 0.5}, history=[],
+        layers=len(branch.layers), folded=branch.folded, encoder=asdict(base.config), metrics={spec.metric: 0.5},
+        history=[],
         arguments={"seed": 0}, cached=False, teacher=None, inputs="none", versions={}, weights="",
     )  # fmt: skip
 

@@ -287,3 +287,24 @@ def test_an_empty_folder_or_half_a_branch_may_be_replaced(path: Path, tmp_path: 
     check_place(tmp_path / "none")
     (path / CARD_FILE).unlink()
     check_place(path)
+
+
+@pytest.mark.parametrize("folded", [1, 2, 3])
+def test_folded_layers_change_the_first_token_alone(folded: int, tiny: Base) -> None:
+    torch.manual_seed(0)
+    branch = Branch(tiny.config, Kind.REGRESSION, 3, 1, folded=folded).eval()
+    hidden, mask = torch.randn(2, 5, tiny.config.hidden_size), torch.arange(5) < torch.tensor([[5], [3]])
+    states = hidden
+    for layer in branch.layers[: 3 - folded]:
+        states = layer(states, mask)
+    for layer in branch.layers[3 - folded :]:
+        states = torch.cat([layer(states, mask)[:, :1], states[:, 1:]], dim=1)
+    torch.testing.assert_close(branch(hidden, mask), branch.output(states[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "folded"), [(Kind.TAGGING, 2, 1), (Kind.REGRESSION, 2, 3), (Kind.REGRESSION, 2, 0)]
+)
+def test_layers_that_cannot_be_folded(kind: Kind, layers: int, folded: int, tiny: Base) -> None:
+    with pytest.raises(BranchError, match=f"{folded} folded layers do not fit: of 2 layers of a {kind} branch"):
+        Branch(tiny.config, kind, layers, 2, folded=folded)

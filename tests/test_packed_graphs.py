@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier.branch import Branch
+from espalier.branch import Branch, foldable
 from espalier.contract import Kind, Target
 from espalier.encoder import Encoder, EncoderConfig
 from espalier.errors import ExportError
@@ -41,9 +41,9 @@ def randomized(module: M) -> M:
     return module.eval()
 
 
-def branch_of(trunk: Encoder, kind: Kind, layers: int, outputs: int) -> Branch:
+def branch_of(trunk: Encoder, kind: Kind, layers: int, outputs: int, folded: int | None = None) -> Branch:
     torch.manual_seed(2)
-    return randomized(Branch(trunk.config, kind, layers, outputs))
+    return randomized(Branch(trunk.config, kind, layers, outputs, folded=folded))
 
 
 requests = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=6)
@@ -76,12 +76,13 @@ def test_segment_equals_encoder_for_any_mix_of_lengths(
 
 
 @settings(max_examples=40, deadline=None)
-@given(requests, st.integers(0, 2**16), st.sampled_from(list(Kind)), st.integers(0, 3))
+@given(requests, st.integers(0, 2**16), st.sampled_from(list(Kind)), st.integers(0, 3), st.data())
 def test_head_equals_branch_for_any_mix_of_lengths(
-    lengths: list[list[int]], seed: int, kind: Kind, layers: int
+    lengths: list[list[int]], seed: int, kind: Kind, layers: int, data: st.DataObject
 ) -> None:
     trunk = encoder()
-    branch = branch_of(trunk, kind, layers, 1 if kind is Kind.REGRESSION else 5)
+    folded = data.draw(st.integers(*foldable(kind, layers)))
+    branch = branch_of(trunk, kind, layers, 1 if kind is Kind.REGRESSION else 5, folded)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "random_batches", lambda *_: [batch_of(lengths, seed)])
         model = head_model(branch, "task", Target.CPU)
@@ -137,6 +138,14 @@ def test_a_folded_head_has_no_keys_or_values_per_token() -> None:
     assert shapes["layers.0.key.weight"] == [4, 4, 16]
     assert shapes["layers.0.value.weight"] == [4, 16, 4]
     assert "layers.0.key.bias" not in shapes
+
+
+def test_a_further_folded_layer_costs_as_little() -> None:
+    trunk = encoder(hidden=16, heads=4)
+    model = onnx.load_from_string(head_model(branch_of(trunk, Kind.REGRESSION, 3, 1, folded=2), "task", Target.CPU))
+    shapes = {weight.name: list(weight.dims) for weight in model.graph.initializer}
+    assert shapes["layers.0.key.weight"] == [16, 16]
+    assert shapes["layers.1.key.weight"] == shapes["layers.2.key.weight"] == [4, 4, 16]
 
 
 def test_a_wrong_graph_is_refused() -> None:

@@ -24,13 +24,15 @@ from training.selection import Candidate, Selection, find_candidates, front, sel
 
 COSTS = Costs(
     trunk={1: 1.0, 2: 2.0, 3: 3.0},
-    heads={(Kind.CLASSIFICATION, layers): layers - 0.9 for layers in (1, 2, 3)},
+    heads={(Kind.CLASSIFICATION, layers, 1): layers - 0.9 for layers in (1, 2, 3)},
     folded=0.1, mean_length=20, batch=8,
 )  # fmt: skip
 
 
 def candidate(task: str, tap: int, layers: int, *scores: float) -> Candidate:
-    return Candidate(task, Kind.CLASSIFICATION, "accuracy", tap, layers, True, scores, Path(f"{task}-{tap}-{layers}"))
+    return Candidate(
+        task, Kind.CLASSIFICATION, "accuracy", tap, layers, 1, True, scores, Path(f"{task}-{tap}-{layers}")
+    )
 
 
 @st.composite
@@ -79,7 +81,7 @@ def test_the_trunk_is_shared_so_one_task_that_needs_it_deep_may_not_get_it() -> 
 def test_a_folded_layer_may_be_counted_as_what_it_costs() -> None:
     options = [candidate("a", 3, 1, 80.0), candidate("a", 1, 2, 80.5)]
     assert select(options, 0.5).layers == 3
-    counted = select(options, 0.5, lambda c: executed(c.kind, c.layers, 0.1))
+    counted = select(options, 0.5, lambda c: executed(c.layers, c.folded, 0.1))
     assert counted.folded_layers(COSTS) == pytest.approx(2.1)
     assert counted.milliseconds(COSTS) == pytest.approx(1.0 + 1.1)
 
@@ -132,7 +134,7 @@ def test_export_takes_the_branches_of_a_plan(plan: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("task", "field", "value", "sentence"),
     [
-        ("intent", "tap", 2, r"planned with tap 2 and 1 layers, but .* has tap 3 and 1"),
+        ("intent", "tap", 2, r"planned with tap 2, 1 layers, 1 folded, but .* has tap 3, 1 layers, 1 folded"),
         ("intent", "branch", "branches/urgency", "a branch of task 'urgency'"),
         ("intent", "depth", 2, r"tasks\.intent\.depth: Extra inputs"),
     ],
@@ -153,9 +155,10 @@ def test_what_is_no_plan_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_costs_are_measured_on_the_exported_graphs(base: Base) -> None:
-    costs = measure(base, {1, 4}, {(Kind.CLASSIFICATION, 1), (Kind.TAGGING, 2)})
+    costs = measure(base, {1, 4}, {(Kind.CLASSIFICATION, 1, 1), (Kind.CLASSIFICATION, 3, 3), (Kind.TAGGING, 2, 0)})
     assert costs.trunk[4] > costs.trunk[1] > 0
-    assert costs.heads[Kind.TAGGING, 2] > costs.heads[Kind.CLASSIFICATION, 1] > 0
+    assert costs.heads[Kind.TAGGING, 2, 0] > costs.heads[Kind.CLASSIFICATION, 3, 3] > 0
+    assert costs.heads[Kind.CLASSIFICATION, 3, 3] > costs.heads[Kind.CLASSIFICATION, 1, 1] > 0
     assert 0 < costs.folded < 0.8, "a folded layer costs less than a full one"
 
 

@@ -437,9 +437,20 @@ def test_distilling_the_same_again_is_up_to_date(teacher: Path, tiny: Base, tmp_
     assert distill(teacher, tiny, 1, QUICK, tmp_path / "student", silent) == (card, False)
 
 
+def test_a_student_may_have_all_layers_if_more_of_them_are_folded(teacher: Path, tiny: Base, tmp_path: Path) -> None:
+    card, _ = distill(teacher, tiny, 2, QUICK, tmp_path / "student", silent, folded=2)
+    assert (card.layers, card.folded) == (2, 2)
+    assert load_branch(tmp_path / "student")[0].folded == 2
+    plain, trained = train(card.spec, tiny, 1, 2, QUICK, tmp_path / "plain", silent)
+    same, again = train(card.spec, tiny, 1, 2, QUICK, tmp_path / "plain", silent, folded=1)
+    assert (trained, again) == (True, False)
+    assert same == plain
+    assert train(card.spec, tiny, 1, 2, QUICK, tmp_path / "plain", silent, folded=2)[1]
+
+
 @pytest.mark.parametrize("layers", [0, 2, 3])
 def test_a_student_has_fewer_layers_than_its_teacher(layers: int, teacher: Path, tiny: Base, tmp_path: Path) -> None:
-    with pytest.raises(BranchError, match="has 2 layers; a student has fewer"):
+    with pytest.raises(BranchError, match="has 2 layers, 1 of them folded; a student has fewer"):
         distill(teacher, tiny, layers, QUICK, tmp_path / "student", silent)
 
 

@@ -142,7 +142,10 @@ def _doubts(
             break
     start = f"{card.teacher.digest} {card.teacher.init}" if card.teacher else base.fingerprint(card.tap + card.layers)
     there = replace(base, name=card.base, revision=card.revision)  # it may have moved
-    if inputs_digest(spec, data, there, start, card.tap, card.layers, arguments, card.cached) != card.inputs:
+    if (
+        inputs_digest(spec, data, there, start, card.tap, card.layers, card.folded, arguments, card.cached)
+        != card.inputs
+    ):
         doubts.append("Data, spec, base or recipe changed since the branch was trained: the commands make another one.")
     return doubts
 

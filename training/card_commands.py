@@ -73,10 +73,13 @@ def _command(path: Path, card: BranchCard, home: Path, spec_file: str, base: str
     settings: dict[str, Any] = {**card.arguments, "cache": card.cached, "out": _from(home, path)}
     if card.teacher is None:
         revision = None if base or card.revision == LOCAL else card.revision
-        where = {"base": name, "revision": revision, "tap": card.tap, "layers": card.layers}
+        where = {"base": name, "revision": revision, "tap": card.tap, "layers": card.layers, "folded": card.folded}
         words = ["espalier train", spec_file, *_options({**where, **settings})]
     else:
-        start = {"spec": spec_file, "base": name if base else None, "layers": card.layers, "init": card.teacher.init}
+        start = {
+            "spec": spec_file, "base": name if base else None, "layers": card.layers, "folded": card.folded,
+            "init": card.teacher.init,
+        }  # fmt: skip
         teacher = shlex.quote(_from(home, card.teacher.folder))
         words = ["espalier distill", teacher, *_options({**start, **settings})]
     return " ".join(words)

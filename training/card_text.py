@@ -70,7 +70,11 @@ def _head(evidence: Evidence) -> str:
         ("score", f"{escape(spec.metric)}{counted} **{card.score:.4f}** on dev"),
         ("base", f"{escape(card.base)}, revision {escape(card.revision)}"),
         ("trunk", f"the base's bottom {_layers(card.tap)}; fingerprint {card.fingerprint[:16]}"),
-        ("branch", f"{_layers(card.layers)} and an output layer, {evidence.parameters:,} parameters; {origin}"),
+        (
+            "branch",
+            f"{_layers(card.layers)}, of them {card.folded} folded, and an output layer, "
+            f"{evidence.parameters:,} parameters; {origin}",
+        ),
         (
             "cost",
             f"{card.layers} of the base's {evidence.depth} layers beside other tasks, "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 
-from espalier.branch import BranchCard, Teacher, check_place, check_trunk, load_branch
+from espalier.branch import BranchCard, Teacher, check_place, check_trunk, foldable, load_branch
 from espalier.contract import Kind, Structure
 from espalier.crf import CRF
 from espalier.encoder import Base
@@ -56,13 +56,14 @@ def start_of(teacher: BranchCard, init: Init) -> str:
 def distill(
     teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report,
     spec: TaskSpec | None = None, cache: ActivationCache | None = None, init: Init = Init.TEACHER,
-    data: TaskData | None = None,
+    data: TaskData | None = None, folded: int | None = None,
 ) -> tuple[BranchCard, bool]:  # fmt: skip
     """Distil the branch at `teacher_path` to its bottommost `layers` layers; write the student to `out`.
 
-    `spec` says where the data lies, if not where it lay when the teacher was trained; `data` is what `load_data` gives
-    for the spec and the arguments, if the caller has it. Returns the student's card, and whether it was trained now
-    (False: the branch at `out` was up to date).
+    `folded` of them, at the top, compute the first token alone (see Branch; default: the last one): a student of all
+    the teacher's layers, with more of them folded, is cheaper, too. `spec` says where the data lies, if not where it
+    lay when the teacher was trained; `data` is what `load_data` gives for the spec and the arguments, if the caller has
+    it. Returns the student's card, and whether it was trained now (False: the branch at `out` was up to date).
     """
     teacher, card = load_branch(teacher_path)
     check_trunk(card, base, str(teacher_path))
@@ -74,8 +75,12 @@ def distill(
             f"the spec has structure: {spec.structure}, the teacher was trained with {card.spec.structure}; "
             "train a teacher with the spec's, or take the teacher's"
         )
-    if not 0 < layers < card.layers:
-        raise BranchError(f"{teacher_path} has {card.layers} layers; a student has fewer, but at least 1, not {layers}")
+    folded = foldable(spec.kind, layers)[0] if folded is None else folded
+    if not 0 < layers <= card.layers or layers - folded >= card.layers - card.folded:
+        raise BranchError(
+            f"{teacher_path} has {card.layers} layers, {card.folded} of them folded; a student has fewer, but at least "
+            f"1, or as many with more of them folded, not {layers} with {folded} folded"
+        )
     out = out.resolve()
     if out == teacher_path.resolve():
         raise BranchError(f"the student would replace its teacher {teacher_path}; give another output folder")
@@ -85,14 +90,15 @@ def distill(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    inputs = inputs_digest(spec, data, base, start_of(card, init), card.tap, layers, arguments, cache is not None)
+    cached = cache is not None
+    inputs = inputs_digest(spec, data, base, start_of(card, init), card.tap, layers, folded, arguments, cached)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
     check_place(out)
     set_seed(arguments.seed)
     crf = CRF(card.labels) if spec.structure is Structure.CRF else None
-    student = new_branch(base, spec.kind, card.tap, layers, len(card.labels), crf)
+    student = new_branch(base, spec.kind, card.tap, layers, len(card.labels), crf, folded)
     if init is Init.TEACHER:
         student.layers.load_state_dict(teacher.layers[:layers].state_dict())
         student.output.load_state_dict(teacher.output.state_dict())

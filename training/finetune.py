@@ -26,12 +26,13 @@ RECIPE = "3"
 
 def train(
     spec: TaskSpec, base: Base, tap: int, layers: int | None, arguments: Arguments, out: Path, report: Report,
-    cache: ActivationCache | None = None, data: TaskData | None = None,
+    cache: ActivationCache | None = None, data: TaskData | None = None, folded: int | None = None,
 ) -> tuple[BranchCard, bool]:  # fmt: skip
     """Fine-tune a branch of `layers` layers above `tap`, starting from the base's own; write it to `out`.
 
-    With a `cache` the trunk runs once, not in every epoch; trainings on the same texts and tap share it. `data` is
-    what `load_data` gives for the spec and the arguments, if the caller has it.
+    `folded` of the layers, at the top, compute the first token alone (see Branch; default: the last one). With a
+    `cache` the trunk runs once, not in every epoch; trainings on the same texts and tap share it. `data` is what
+    `load_data` gives for the spec and the arguments, if the caller has it.
     Returns its card, and whether it was trained now (False: the branch at `out` was up to date).
     """
     depth = base.config.num_hidden_layers
@@ -42,14 +43,15 @@ def train(
         raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
     out = out.resolve()
     data = data or load_data(spec, arguments.max_train, arguments.max_dev)
-    inputs = inputs_digest(spec, data, base, base.fingerprint(tap + layers), tap, layers, arguments, cache is not None)
+    set_seed(arguments.seed)
+    crf = CRF(data.labels) if spec.structure is Structure.CRF else None
+    branch = new_branch(base, spec.kind, tap, layers, len(data.labels), crf, folded)
+    start = base.fingerprint(tap + layers)
+    inputs = inputs_digest(spec, data, base, start, tap, layers, branch.folded, arguments, cache is not None)
     if card := up_to_date(out, inputs):
         return card, False
 
     check_place(out)
-    set_seed(arguments.seed)
-    crf = CRF(data.labels) if spec.structure is Structure.CRF else None
-    branch = new_branch(base, spec.kind, tap, layers, len(data.labels), crf)
 
     def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
         return hard_loss(spec.kind, logits, labels, crf)
@@ -61,9 +63,11 @@ def train(
         ), True  # fmt: skip
 
 
-def new_branch(base: Base, kind: Kind, tap: int, layers: int, labels: int, crf: CRF | None = None) -> Branch:
+def new_branch(
+    base: Base, kind: Kind, tap: int, layers: int, labels: int, crf: CRF | None = None, folded: int | None = None
+) -> Branch:
     """Return a branch whose layers are the base's own above `tap`, with a fresh output layer and a fresh `crf`."""
-    branch = Branch(base.config, kind, layers, max(1, labels), crf)
+    branch = Branch(base.config, kind, layers, max(1, labels), crf, folded)
     for own, theirs in zip(branch.layers, base.encoder.layers[tap : tap + layers], strict=True):
         own.load_state_dict(theirs.state_dict())
     nn.init.normal_(branch.output.weight, std=0.02)  # BERT's own initialisation
@@ -72,8 +76,8 @@ def new_branch(base: Base, kind: Kind, tap: int, layers: int, labels: int, crf: 
 
 
 def inputs_digest(
-    spec: TaskSpec, data: TaskData, base: Base, start: str, tap: int, layers: int, arguments: Arguments,
-    cached: bool,
+    spec: TaskSpec, data: TaskData, base: Base, start: str, tap: int, layers: int, folded: int,
+    arguments: Arguments, cached: bool,
 ) -> str:  # fmt: skip
     """Return the digest of all that a training depends on; `start` is the identity of the initial weights.
 
@@ -82,7 +86,8 @@ def inputs_digest(
     """
     plain = spec.model_dump_json(exclude={"data"}, exclude_defaults=True)
     asked = sorted((name, value) for name, value in asdict(arguments).items() if value is not None)
-    numbers = repr([tap, layers, cached, asked])
+    shape = [tap, layers] if folded <= 1 else [tap, layers, folded]
+    numbers = repr([*shape, cached, asked])
     return digest(RECIPE, plain, data.digest(), base.name, base.revision, start, numbers)
 
 

@@ -131,6 +131,7 @@ def fit(
             fingerprint=fingerprint,
             tap=tap,
             layers=len(branch.layers),
+            folded=branch.folded,
             encoder=asdict(branch.config),
             metrics=kept,
             history=run.history,

@@ -75,7 +75,7 @@ def train_fully(spec: TaskSpec, base: Base, arguments: Arguments, out: Path, rep
     out = out.resolve()
     data = load_data(spec, arguments.max_train, arguments.max_dev)
     depth = base.config.num_hidden_layers
-    inputs = inputs_digest(spec, data, base, base.fingerprint(depth), 0, depth, arguments, cached=False)
+    inputs = inputs_digest(spec, data, base, base.fingerprint(depth), 0, depth, 0, arguments, cached=False)
     try:
         if (card := FullCard.model_validate_json(out.read_bytes())).inputs == inputs:
             return card, False

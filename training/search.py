@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from espalier.branch import CARD_FILE, BranchCard, check_trunk, load_branch, write_branch
+from espalier.branch import CARD_FILE, BranchCard, check_trunk, foldable, load_branch, write_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError, SearchError, SpecError, TrainingError
 from espalier.files import locked, write_whole
@@ -266,6 +266,7 @@ class _Search:
             start,
             self._tap(trial),
             trial.layers,
+            foldable(shared.spec.kind, trial.layers)[0],
             arguments,
             shared.cache is not None,
         )

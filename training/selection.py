@@ -32,6 +32,7 @@ class Candidate:
     metric: str
     tap: int
     layers: int
+    folded: int  # of the layers
     distilled: bool
     scores: tuple[float, ...]  # points, by seed
     best: Path  # the branch with the best dev score: the one to deploy
@@ -70,11 +71,11 @@ class Selection:
 
     def folded_layers(self, costs: Costs) -> float:
         """Layers executed, a folded one counted as the fraction that it was measured to cost."""
-        return self.tap + sum(executed(c.kind, c.layers, costs.folded) for c in self.chosen)
+        return self.tap + sum(executed(c.layers, c.folded, costs.folded) for c in self.chosen)
 
     def milliseconds(self, costs: Costs) -> float:
         """Measured time per text, in milliseconds: of the trunk and of every head."""
-        return costs.trunk[self.tap] + sum(costs.heads[c.kind, c.layers] for c in self.chosen)
+        return costs.trunk[self.tap] + sum(costs.heads[c.kind, c.layers, c.folded] for c in self.chosen)
 
 
 def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
@@ -101,7 +102,7 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
                 )
             recipe = sorted((name, repr(value)) for name, value in card.arguments.items() if name != "seed")
             init = card.teacher.init if card.teacher else None
-            key = (card.spec.name, card.tap, card.layers, init, tuple(recipe))
+            key = (card.spec.name, card.tap, card.layers, card.folded, init, tuple(recipe))
             if all(path.resolve() != known.resolve() for known, _ in groups[key]):
                 groups[key].append((path, card))
     return [_candidate(group) for group in groups.values()]
@@ -117,6 +118,7 @@ def _candidate(group: Sequence[tuple[Path, BranchCard]]) -> Candidate:
         metric=card.spec.metric,
         tap=card.tap,
         layers=card.layers,
+        folded=card.folded,
         distilled=card.teacher is not None,
         scores=tuple(100 * score for score in scores),
         best=best,
@@ -203,7 +205,7 @@ def write(path: Path, plan: Selection, threshold: float) -> None:
         f"executed for {len(plan.chosen)} tasks, mean dev score {plan.score:.2f}.\n"
         "Edit it freely, then: espalier export --plan THIS-FILE"
     )
-    tasks = {c.task: PlannedTask(branch=c.best, tap=c.tap, layers=c.layers) for c in plan.chosen}
+    tasks = {c.task: PlannedTask(branch=c.best, tap=c.tap, layers=c.layers, folded=c.folded) for c in plan.chosen}
     write_plan(path, Plan(tasks=tasks), notes, header)
 
 
@@ -218,7 +220,10 @@ def summary(plan: Selection, plans: Sequence[Selection], costs: Costs, depth: in
             "folded_layers": selection.folded_layers(costs),
             "folded_fraction": selection.folded_layers(costs) / (depth * len(selection.chosen)),
             "ms_per_text": selection.milliseconds(costs),
-            "tasks": {c.task: {"tap": c.tap, "layers": c.layers, "score": c.score} for c in selection.chosen},
+            "tasks": {
+                c.task: {"tap": c.tap, "layers": c.layers, "folded": c.folded, "score": c.score}
+                for c in selection.chosen
+            },
         }
 
     return {"plan": point(plan), "front": [point(other) for other in plans], "folded_layer": costs.folded}

@@ -90,7 +90,7 @@ def main(
 
     with show.waiting("measuring what trunks and heads cost"):
         candidates = selection.find_candidates([step.out for step in cards if step.tap is not None])
-        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers) for c in candidates})
+        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers, c.folded) for c in candidates})
     chosen = selection.select(candidates, threshold)
     selection.write(out / "plan.yaml", chosen, threshold)
     with show.waiting("exporting"):
