@@ -35,6 +35,12 @@ class Teacher(BaseModel):
     digest: str
     folder: Path  # where it was; on disk relative to the student
     init: str  # where the student's weights started, see training.distill.Init
+    cls_weight: float  # in the loss, of the distance to the teacher's [CLS] state
+
+    @property
+    def start(self) -> str:
+        """Identity of what the student started from and was drawn to; not where that lay."""
+        return f"{self.digest} {self.init}" + (f" {self.cls_weight}" if self.cls_weight else "")
 
 
 class BranchCard(BaseModel):
@@ -112,6 +118,10 @@ class Branch(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the logits for hidden [B,S,H]; mask [B,S] is true for real tokens."""
+        return self.read(self.states(hidden, mask))
+
+    def states(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return what the output layer reads: the first token's state [B,H], or for tagging every token's [B,S,H]."""
         full = len(self.layers) - self.folded
         for layer in self.layers[:full]:
             hidden = layer(hidden, mask)
@@ -121,8 +131,12 @@ class Branch(nn.Module):
                 if index > 0:
                     states = torch.cat([first, states[:, 1:]], dim=1)
                 first = layer(states, mask, first_alone=True)
-            hidden = first[:, 0]  # [B,H]
-        logits: Tensor = self.output(self.dropout(hidden))
+            hidden = first[:, 0]
+        return hidden
+
+    def read(self, states: Tensor) -> Tensor:
+        """Return the logits for what `states` returns."""
+        logits: Tensor = self.output(self.dropout(states))
         return logits
 
     def answer(self, hidden: Tensor, mask: Tensor, words: Tensor | None = None) -> Tensor:

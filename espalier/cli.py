@@ -113,6 +113,9 @@ def distill(
     init: Annotated[
         Literal["teacher", "pretrained"], typer.Option(help="Start from the teacher's bottommost layers or the base's.")
     ] = "teacher",
+    cls_weight: Annotated[
+        float, typer.Option(min=0.0, help="Weight, in the loss, of the distance to the teacher's [CLS] state.")
+    ] = 0.0,
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the teacher had it.")] = None,
     spec: SpecMoved = None,
     data: Data = None,
@@ -145,7 +148,17 @@ def distill(
         cache = _cache(out, cache_limit) if use_cache else None
         start = Init(init)
         student, trained = distil_branch(
-            teacher, loaded, layers, arguments, out, report, task, cache, start, folded=folded
+            teacher,
+            loaded,
+            layers,
+            arguments,
+            out,
+            report,
+            task,
+            cache,
+            start,
+            folded=folded,
+            cls_weight=cls_weight,
         )
     _print_branch(student, out, trained, as_json)
 
@@ -297,8 +310,11 @@ def select(
         status.update("measuring what heads and trunks cost")
         costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers, c.folded) for c in candidates})
     fraction = costs.folded if count == "folded" else 1.0
-    plan = selection.select(candidates, threshold, lambda c: executed(c.layers, c.folded, fraction))
-    plans = selection.front(candidates)
+
+    def cost(candidate: selection.Candidate) -> float:
+        return executed(candidate.layers, candidate.folded, fraction)
+
+    plan, plans = selection.select(candidates, threshold, cost), selection.front(candidates, cost)
     selection.write(out, plan, threshold)
     plot_front(front, plans, plan, costs, loaded.config.num_hidden_layers)
     if as_json:

@@ -64,17 +64,17 @@ def test_a_killed_run_goes_on_and_reports_all_tasks_as_served(
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert first.stderr is not None
     for line in first.stderr:
-        if line.startswith("7/24"):
+        if line.startswith("9/32"):
             break
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert not (tmp_path / "docs").exists()
 
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    states = re.findall(r"^(\d+)/24 .*\((up to date|trained)\)", second.stderr, re.MULTILINE)
-    assert [int(number) for number, _ in states] == list(range(1, 25))
-    assert {state for _, state in states[:7]} == {"up to date"}
-    assert {state for _, state in states[8:]} == {"trained"}
+    states = re.findall(r"^(\d+)/32 .*\((up to date|trained)\)", second.stderr, re.MULTILINE)
+    assert [int(number) for number, _ in states] == list(range(1, 33))
+    assert {state for _, state in states[:9]} == {"up to date"}
+    assert {state for _, state in states[10:]} == {"trained"}
 
     report = json.loads((tmp_path / "docs" / "glue.json").read_text())
     assert list(report["tasks"]) == list(TASKS)
@@ -89,6 +89,11 @@ def test_a_killed_run_goes_on_and_reports_all_tasks_as_served(
     layers = 1 + sum(task["layers"] for task in report["tasks"].values())
     assert mean["overhead_layers"] == pytest.approx(layers / (3 * 8))
     assert mean["overhead_folded"] < mean["overhead_layers"]
+    folded = report["plans"]["folded"]
+    assert folded["retention"] == pytest.approx(folded["plan"]["score"] / mean["full"])
+    assert folded["plan"]["folded_layers"] <= report["plans"]["mixed"]["plan"]["folded_layers"]
+    for task in folded["tasks"].values():
+        assert task["served"] == pytest.approx(task["served_offline"], abs=1e-6)
 
     text = (tmp_path / "docs" / "glue.md").read_text()
     assert f"{mean['full']:.2f}" in text
@@ -99,7 +104,7 @@ def test_a_killed_run_goes_on_and_reports_all_tasks_as_served(
 
 
 def test_every_teacher_comes_before_its_students(base: Base) -> None:
-    settings = Settings(Arguments(), 2, (2, 4), (1, 2, 3), {"cola": 10})
+    settings = Settings(Arguments(), 2, (2, 4), (1, 2, 3), {"cola": 10}, 10.0)
     steps = plan(base, settings, TASKS, Path("runs"))
     done: set[Path] = set()
     for step in steps:
@@ -107,7 +112,8 @@ def test_every_teacher_comes_before_its_students(base: Base) -> None:
         assert step.out not in done
         done.add(step.out)
     assert [step.seed for step in steps] == sorted(step.seed for step in steps)
-    assert sum(step.teacher is not None for step in steps) == 2 * 8 * (3 + 1)
+    assert sum(step.teacher is not None for step in steps) == 2 * 8 * (3 + 1 + 2 + 1)
+    assert {step.folded for step in steps if step.tap == 2} == {1, 3, 4}
     assert settings.of("cola", 1).max_train == 10
     assert settings.of("rte", 1).max_train is None
 
@@ -115,7 +121,7 @@ def test_every_teacher_comes_before_its_students(base: Base) -> None:
 @pytest.mark.parametrize("taps", [(0,), (6,)])
 def test_a_tap_outside_the_base_is_refused(taps: tuple[int, ...], base: Base) -> None:
     with pytest.raises(SpecError, match="leaves no task layers"):
-        plan(base, Settings(Arguments(), 1, taps, (1,), {}), TASKS, Path("runs"))
+        plan(base, Settings(Arguments(), 1, taps, (1,), {}, 10.0), TASKS, Path("runs"))
 
 
 def test_the_hub_has_columns_of_its_own() -> None:

@@ -26,6 +26,7 @@ from training.distill import TEMPERATURE, Init, distill, soft_loss
 from training.features import IGNORED, collate, featurize
 from training.finetune import hard_loss, new_branch, train
 from training.metrics import decode, gold, score
+from training.predict import outputs_of
 from training.trainer import Arguments, Progress
 
 QUICK = Arguments(epochs=3, learning_rate=5e-3, batch_size=8, seed=1)
@@ -408,7 +409,9 @@ def test_a_student_learns_from_its_teacher(kind: Kind, tiny: Base, tmp_path: Pat
     student, trained = distill(tmp_path / "teacher", tiny, 1, arguments, tmp_path / "student", silent)
     assert trained
     assert (student.tap, student.layers) == (1, 1)
-    assert student.teacher == Teacher(digest=teacher.digest, folder=tmp_path / "teacher", init=Init.TEACHER)
+    assert student.teacher == Teacher(
+        digest=teacher.digest, folder=tmp_path / "teacher", init=Init.TEACHER, cls_weight=0
+    )
     assert student.score > 0.85
     assert evaluate(spec, tiny, tmp_path / "student") == pytest.approx(student.metrics, abs=1e-5)
 
@@ -446,6 +449,29 @@ def test_a_student_may_have_all_layers_if_more_of_them_are_folded(teacher: Path,
     assert (trained, again) == (True, False)
     assert same == plain
     assert train(card.spec, tiny, 1, 2, QUICK, tmp_path / "plain", silent, folded=2)[1]
+
+
+def test_a_student_may_be_drawn_to_its_teachers_state(
+    teacher: Path, spec: TaskSpec, tiny: Base, tmp_path: Path
+) -> None:
+    def distance(cls_weight: float) -> float:
+        out = tmp_path / f"student-{cls_weight}"
+        card, _ = distill(teacher, tiny, 1, QUICK, out, silent, cls_weight=cls_weight)
+        assert card.teacher is not None
+        assert card.teacher.cls_weight == cls_weight
+        rows = load_data(spec).train
+        features = featurize(spec.kind, card.labels, tiny.tokenizer, tiny.max_length, rows)
+        one, other = (outputs_of(load_branch(path)[0], tiny, 1, features, 8) for path in (teacher, out))
+        return sum(float((a.states - b.states).square().mean()) for a, b in zip(one, other, strict=True))
+
+    assert distance(100.0) < 0.7 * distance(0.0)
+
+
+def test_a_tagging_student_has_no_state_to_be_drawn_to(tiny: Base, tmp_path: Path) -> None:
+    spec = load_spec(write_task(tmp_path, Kind.TAGGING))
+    train(spec, tiny, 1, 2, Arguments(epochs=1), tmp_path / "teacher", silent)
+    with pytest.raises(SpecError, match=r"the weight of \[CLS\] is 1"):
+        distill(tmp_path / "teacher", tiny, 1, QUICK, tmp_path / "student", silent, cls_weight=1.0)
 
 
 @pytest.mark.parametrize("layers", [0, 2, 3])

@@ -26,7 +26,7 @@ from training.data import Example, TaskData, load_data
 from training.features import encode, featurize
 from training.finetune import inputs_digest
 from training.metrics import decode, gold, score
-from training.predict import logits_of
+from training.predict import outputs_of
 from training.trainer import Arguments
 
 PAGE_FILE = "card.md"
@@ -78,11 +78,11 @@ def make_card(
         for split, examples in (("train", data.train), ("dev", data.dev))
     }
     features = featurize(spec.kind, data.labels, base.tokenizer, base.max_length, data.dev)
-    logits = logits_of(branch, base, card.tap, features, BATCH_SIZE, partial(report, "answering dev"))
-    padded = torch.nn.utils.rnn.pad_sequence(logits, batch_first=True)
+    outputs = outputs_of(branch, base, card.tap, features, BATCH_SIZE, partial(report, "answering dev"))
+    padded = torch.nn.utils.rnn.pad_sequence([output.logits for output in outputs], batch_first=True)
     if branch.crf is None:
         answers = decode(spec.kind, data.labels, padded.numpy(), features)
-        probabilities = [_probabilities(spec.kind, row.numpy()) for row in logits]
+        probabilities = [_probabilities(spec.kind, output.logits.numpy()) for output in outputs]
     else:
         words = torch.nn.utils.rnn.pad_sequence([torch.tensor(f["words"]) for f in features], batch_first=True)
         best = branch.crf.viterbi(padded, words)[0][:, :, None].numpy()
@@ -140,7 +140,7 @@ def _doubts(
                 "trained: dev or the code changed since."
             )
             break
-    start = f"{card.teacher.digest} {card.teacher.init}" if card.teacher else base.fingerprint(card.tap + card.layers)
+    start = card.teacher.start if card.teacher else base.fingerprint(card.tap + card.layers)
     there = replace(base, name=card.base, revision=card.revision)  # it may have moved
     if (
         inputs_digest(spec, data, there, start, card.tap, card.layers, card.folded, arguments, card.cached)

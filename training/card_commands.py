@@ -78,7 +78,7 @@ def _command(path: Path, card: BranchCard, home: Path, spec_file: str, base: str
     else:
         start = {
             "spec": spec_file, "base": name if base else None, "layers": card.layers, "folded": card.folded,
-            "init": card.teacher.init,
+            "init": card.teacher.init, "cls_weight": card.teacher.cls_weight or None,
         }  # fmt: skip
         teacher = shlex.quote(_from(home, card.teacher.folder))
         words = ["espalier distill", teacher, *_options({**start, **settings})]

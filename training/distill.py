@@ -3,7 +3,8 @@
 The student keeps the teacher's tap and starts from the teacher's bottommost task layers and its output layer, or from
 the base's own layers at that depth and a fresh output layer. Loss:
 T²·KL(teacher ‖ student) at temperature T plus the hard loss, in equal parts; for regression the squared distance to
-the teacher's value plus that to the label; for tagging per token. A student with a CRF starts from the teacher's
+the teacher's value plus that to the label; for tagging per token. With a weight for it, the squared distance to the
+teacher's last [CLS] state is added. A student with a CRF starts from the teacher's
 CRF, too; its soft loss compares the emissions, word by word, its hard loss is the CRF's.
 """
 
@@ -24,8 +25,8 @@ from training.activations import ActivationCache
 from training.data import TaskData, load_data
 from training.features import IGNORED, featurize
 from training.finetune import hard_loss, inputs_digest, new_branch
-from training.fit import attach_activations, fit, up_to_date, workshop
-from training.predict import logits_of
+from training.fit import Output, attach_activations, fit, up_to_date, workshop
+from training.predict import outputs_of
 from training.trainer import Arguments, Report
 
 TEMPERATURE = 2.0
@@ -48,22 +49,18 @@ def soft_loss(kind: Kind, logits: Tensor, labels: Tensor, teacher: Tensor) -> Te
     return TEMPERATURE**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
-def start_of(teacher: BranchCard, init: Init) -> str:
-    """Return the identity of a student's initial weights."""
-    return f"{teacher.digest} {init}"
-
-
 def distill(
     teacher_path: Path, base: Base, layers: int, arguments: Arguments, out: Path, report: Report,
     spec: TaskSpec | None = None, cache: ActivationCache | None = None, init: Init = Init.TEACHER,
-    data: TaskData | None = None, folded: int | None = None,
+    data: TaskData | None = None, folded: int | None = None, cls_weight: float = 0.0,
 ) -> tuple[BranchCard, bool]:  # fmt: skip
     """Distil the branch at `teacher_path` to its bottommost `layers` layers; write the student to `out`.
 
     `folded` of them, at the top, compute the first token alone (see Branch; default: the last one): a student of all
     the teacher's layers, with more of them folded, is cheaper, too. `spec` says where the data lies, if not where it
     lay when the teacher was trained; `data` is what `load_data` gives for the spec and the arguments, if the caller has
-    it. Returns the student's card, and whether it was trained now (False: the branch at `out` was up to date).
+    it. `cls_weight` is the weight of the distance to the teacher's [CLS] state (0: none). Returns the student's card,
+    and whether it was trained now (False: the branch at `out` was up to date).
     """
     teacher, card = load_branch(teacher_path)
     check_trunk(card, base, str(teacher_path))
@@ -81,6 +78,8 @@ def distill(
             f"{teacher_path} has {card.layers} layers, {card.folded} of them folded; a student has fewer, but at least "
             f"1, or as many with more of them folded, not {layers} with {folded} folded"
         )
+    if cls_weight < 0 or (cls_weight and spec.kind is Kind.TAGGING):
+        raise SpecError(f"the weight of [CLS] is {cls_weight:g}; it is 0 or more, and a tagging task reads no [CLS]")
     out = out.resolve()
     if out == teacher_path.resolve():
         raise BranchError(f"the student would replace its teacher {teacher_path}; give another output folder")
@@ -90,8 +89,8 @@ def distill(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    cached = cache is not None
-    inputs = inputs_digest(spec, data, base, start_of(card, init), card.tap, layers, folded, arguments, cached)
+    told = Teacher(digest=card.digest, folder=teacher_path.resolve(), init=init, cls_weight=cls_weight)
+    inputs = inputs_digest(spec, data, base, told.start, card.tap, layers, folded, arguments, cache is not None)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
@@ -105,10 +104,13 @@ def distill(
         if crf is not None and teacher.crf is not None:
             crf.load_state_dict(teacher.crf.state_dict())
 
-    def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
-        hard = hard_loss(spec.kind, logits, labels, crf)
-        # dev batches have no teacher logits: their loss is only reported
-        return hard if target is None else hard + soft_loss(spec.kind, logits, labels, target)
+    def loss(output: Output, labels: Tensor, target: Output | None) -> Tensor:
+        total = hard_loss(spec.kind, output.logits, labels, crf)
+        if target is not None:  # else a dev batch, whose loss is only reported
+            total = total + soft_loss(spec.kind, output.logits, labels, target.logits)
+            if cls_weight:
+                total = total + cls_weight * F.mse_loss(output.states, target.states)
+        return total
 
     features = featurize(spec.kind, data.labels, base.tokenizer, base.max_length, data.train)
     with workshop(out, inputs) as work:
@@ -117,6 +119,6 @@ def distill(
         return fit(
             spec=spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
             work=work, out=out, report=report, loss=loss, cache=cache,
-            teacher=Teacher(digest=card.digest, folder=teacher_path.resolve(), init=init),
-            teacher_logits=logits_of(teacher, base, card.tap, features, arguments.batch_size),
+            teacher=told,
+            targets=outputs_of(teacher, base, card.tap, features, arguments.batch_size),
         ), True  # fmt: skip

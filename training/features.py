@@ -99,9 +99,9 @@ def collate(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     if "hidden" in features[0]:
         states = [activations[row] for activations, row in (feature["hidden"] for feature in features)]
         batch["hidden"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-    if "teacher_logits" in features[0]:
+    for name in ("teacher_logits", "teacher_states"):
+        if name not in features[0]:
+            continue
         # [B,C], or [B,S,C] for tagging; padded tokens are masked by their label
-        batch["teacher_logits"] = torch.nn.utils.rnn.pad_sequence(
-            [feature["teacher_logits"] for feature in features], batch_first=True
-        )
+        batch[name] = torch.nn.utils.rnn.pad_sequence([feature[name] for feature in features], batch_first=True)
     return batch

@@ -17,7 +17,7 @@ from espalier.spec import TaskSpec
 from training.activations import ActivationCache
 from training.data import TaskData, load_data
 from training.features import IGNORED
-from training.fit import fit, up_to_date, workshop
+from training.fit import Output, fit, up_to_date, workshop
 from training.trainer import Arguments, Report
 
 RECIPE = "3"
@@ -53,8 +53,8 @@ def train(
 
     check_place(out)
 
-    def loss(logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
-        return hard_loss(spec.kind, logits, labels, crf)
+    def loss(output: Output, labels: Tensor, target: Output | None) -> Tensor:
+        return hard_loss(spec.kind, output.logits, labels, crf)
 
     with workshop(out, inputs) as work:
         return fit(

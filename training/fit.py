@@ -7,7 +7,7 @@ run again.
 import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,17 @@ from training.trainer import Arguments, Optimizer, Progress, Report
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "espalier")
 
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Loss of (logits, labels, teacher logits)."""
+
+@dataclass(frozen=True)
+class Output:
+    """What a branch gives for a batch."""
+
+    logits: Tensor  # [B,C], [B,1] or [B,S,C]
+    states: Tensor  # what the output layer read: [B,H] or [B,S,H]
+
+
+Loss = Callable[[Output, Tensor, Output | None], Tensor]
+"""Loss of (the branch's output, labels, the teacher's output); dev batches have no teacher's."""
 
 
 def up_to_date(out: Path, inputs: str) -> BranchCard | None:
@@ -78,19 +87,24 @@ class _Model(nn.Module):
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor, labels: Tensor,
-        hidden: Tensor | None = None, teacher_logits: Tensor | None = None, words: Tensor | None = None,
+        hidden: Tensor | None = None, teacher_logits: Tensor | None = None, teacher_states: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         if hidden is None:
             with torch.no_grad():
                 hidden = self._frozen[0](input_ids, token_type_ids, mask, tap=self._tap)  # [B,S,H]
-        logits = self.branch(hidden, mask)
-        loss = self._loss(logits, labels, teacher_logits)
+        states = self.branch.states(hidden, mask)
+        logits = self.branch.read(states)
+        target = None
+        if teacher_logits is not None and teacher_states is not None:
+            target = Output(teacher_logits, teacher_states)
+        loss = self._loss(Output(logits, states), labels, target)
         return {"loss": loss, "logits": logits if self.training else self.branch.decoded(logits, mask, words)}
 
 
 def fit(
     *, spec: TaskSpec, data: TaskData, base: Base, tap: int, branch: Branch, arguments: Arguments, inputs: str,
-    work: Path, out: Path, report: Report, loss: Loss, teacher_logits: list[Tensor] | None = None,
+    work: Path, out: Path, report: Report, loss: Loss, targets: list[Output] | None = None,
     teacher: Teacher | None = None, cache: ActivationCache | None = None,
 ) -> BranchCard:  # fmt: skip
     """Train `branch` on `data`, keep its best epoch by the dev metric, and write the branch folder `out`.
@@ -102,9 +116,9 @@ def fit(
         name: featurize(spec.kind, data.labels, base.tokenizer, base.max_length, examples)
         for name, examples in (("train", data.train), ("dev", data.dev))
     }
-    if teacher_logits is not None:
-        for feature, logits in zip(splits["train"], teacher_logits, strict=True):
-            feature["teacher_logits"] = logits
+    if targets is not None:
+        for feature, target in zip(splits["train"], targets, strict=True):
+            feature["teacher_logits"], feature["teacher_states"] = target.logits, target.states
     exact = [dict(feature) for feature in splits["dev"]]  # without activations, as served
     if cache is not None:
         attach_activations(cache, base, tap, splits.values(), report)

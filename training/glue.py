@@ -50,6 +50,7 @@ class Settings:
     taps: tuple[int, ...]
     students: tuple[int, ...]  # layers to distil to, where the teacher has more
     max_train: Mapping[str, int]  # rows by task, where they differ from the arguments'
+    cls_weight: float  # for students that keep the teacher's layers, but fold them
 
     def of(self, task: str, seed: int) -> Arguments:
         """Return the arguments of one training."""
@@ -64,6 +65,7 @@ class Step:
     seed: int
     tap: int | None
     layers: int
+    folded: int
     teacher: Path | None
     out: Path
 
@@ -72,8 +74,9 @@ class Step:
         """What a person reads while it runs."""
         if self.tap is None:
             return f"{self.task}, seed {self.seed}: the whole base"
+        folded = f", {self.folded} of them folded" if self.folded > 1 else ""
         start = "" if self.teacher is None else ", distilled"
-        return f"{self.task}, seed {self.seed}: tap {self.tap}, {self.layers} layers{start}"
+        return f"{self.task}, seed {self.seed}: tap {self.tap}, {self.layers} layers{folded}{start}"
 
 
 def plan(base: Base, settings: Settings, tasks: Sequence[str], out: Path) -> list[Step]:
@@ -91,14 +94,17 @@ def plan(base: Base, settings: Settings, tasks: Sequence[str], out: Path) -> lis
 
 def _steps(depth: int, settings: Settings, task: str, seed: int, out: Path) -> Iterator[Step]:
     home = out / task
-    yield Step(task, seed, None, depth, None, home / f"full-s{seed}.json")
+    yield Step(task, seed, None, depth, 0, None, home / f"full-s{seed}.json")
     for tap in settings.taps:
         layers = depth - tap
         teacher = home / f"tap{tap}-s{seed}"
-        yield Step(task, seed, tap, layers, None, teacher)
+        yield Step(task, seed, tap, layers, 1, None, teacher)
         for student in settings.students:
             if student < layers:
-                yield Step(task, seed, tap, student, teacher, home / f"tap{tap}-kd{student}-s{seed}")
+                yield Step(task, seed, tap, student, 1, teacher, home / f"tap{tap}-kd{student}-s{seed}")
+        for full in (0, 1):
+            if layers - full > 1:
+                yield Step(task, seed, tap, layers, layers - full, teacher, home / f"tap{tap}-full{full}-s{seed}")
 
 
 def take(
@@ -112,4 +118,7 @@ def take(
         return train_fully(spec, base, longer, step.out, report)[0]
     if step.teacher is None:
         return train(spec, base, step.tap, step.layers, arguments, step.out, report, cache)[0]
-    return distill(step.teacher, base, step.layers, arguments, step.out, report, spec, cache)[0]
+    weight = settings.cls_weight if step.folded > 1 else 0.0  # the others are the paper's: logits alone
+    return distill(
+        step.teacher, base, step.layers, arguments, step.out, report, spec, cache, folded=step.folded, cls_weight=weight
+    )[0]

@@ -4,27 +4,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from espalier.branch import Branch
 from espalier.contract import Kind
 from espalier.encoder import Base
 from training.activations import accelerated
 from training.features import collate
+from training.fit import Output
 
 
 @torch.no_grad()
-def logits_of(
+def outputs_of(
     branch: Branch, base: Base, tap: int, features: Sequence[dict[str, Any]], batch_size: int,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Tensor]:  # fmt: skip
-    """Return the logits by example: [C], [1] for regression, or [S,C] for tagging. Dropout is off in a loaded branch.
+) -> list[Output]:  # fmt: skip
+    """Return logits and states by example: [C] and [H], or for tagging [S,C] and [S,H]. A loaded branch has no dropout.
 
     `features` are those of training.features; with activations attached the trunk does not run. `report` is told the
     texts done, and all texts.
     """
     order = sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))  # little padding
-    logits: dict[int, Tensor] = {}
+    outputs: dict[int, Output] = {}
     with accelerated(base.encoder, branch) as device:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -32,8 +32,10 @@ def logits_of(
             hidden = batch.get("hidden")
             if hidden is None:
                 hidden = base.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=tap)
-            for row, answer in zip(rows, branch(hidden, batch["mask"]).cpu(), strict=True):
-                tagging = branch.kind is Kind.TAGGING
-                logits[row] = answer[: len(features[row]["input_ids"])].clone() if tagging else answer
+            states = branch.states(hidden, batch["mask"])
+            for row, logits, state in zip(rows, branch.read(states).cpu(), states.cpu(), strict=True):
+                # Without its pads; a copy, since a part of a tensor keeps all of it in memory.
+                real = slice(len(features[row]["input_ids"]) if branch.kind is Kind.TAGGING else None)
+                outputs[row] = Output(logits[real].clone(), state[real].clone())
             report(start + len(rows), len(order))
-    return [logits[row] for row in range(len(features))]
+    return [outputs[row] for row in range(len(features))]

@@ -22,14 +22,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from espalier.branch import CARD_FILE, BranchCard, check_trunk, foldable, load_branch, write_branch
+from espalier.branch import CARD_FILE, BranchCard, Teacher, check_trunk, foldable, load_branch, write_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError, SearchError, SpecError, TrainingError
 from espalier.files import locked, write_whole
 from espalier.spec import TaskSpec
 from training.activations import ActivationCache
 from training.data import load_data
-from training.distill import Init, start_of
 from training.executors import Made, Shared, Workers, workers
 from training.finetune import inputs_digest
 from training.grid import Trial
@@ -258,7 +257,8 @@ class _Search:
         if self._teacher is None or trial.init is None:
             start = shared.fingerprint
         else:
-            start = start_of(self._teacher, Init(trial.init))
+            folder = shared.teacher or Path()
+            start = Teacher(digest=self._teacher.digest, folder=folder, init=trial.init, cls_weight=0.0).start
         return inputs_digest(
             shared.spec,
             shared.data,

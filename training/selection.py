@@ -101,8 +101,8 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
                     f"({first[1].revision}); tasks are selected for one shared trunk"
                 )
             recipe = sorted((name, repr(value)) for name, value in card.arguments.items() if name != "seed")
-            init = card.teacher.init if card.teacher else None
-            key = (card.spec.name, card.tap, card.layers, card.folded, init, tuple(recipe))
+            drawn = card.teacher and (card.teacher.init, card.teacher.cls_weight)
+            key = (card.spec.name, card.tap, card.layers, card.folded, drawn, tuple(recipe))
             if all(path.resolve() != known.resolve() for known, _ in groups[key]):
                 groups[key].append((path, card))
     return [_candidate(group) for group in groups.values()]
@@ -153,30 +153,30 @@ def select(
     return max(plans, key=worth)
 
 
-def front(candidates: Sequence[Candidate]) -> list[Selection]:
-    """Return every plan that no other beats in both mean score and layers executed, cheapest first.
+def front(candidates: Sequence[Candidate], cost: Callable[[Candidate], float] = lambda c: c.layers) -> list[Selection]:
+    """Return every plan that no other beats in both mean score and cost, cheapest first; `cost` as in `select`.
 
-    Exact: for each trunk depth, the best score for each number of layers, task by task.
+    Exact: for each trunk depth, the best score for each sum of costs, task by task.
     """
-    plans: dict[int, Selection] = {}
+    plans: dict[float, Selection] = {}
     for reachable in _by_depth(candidates):
-        best: dict[int, tuple[float, tuple[Candidate, ...]]] = {0: (0.0, ())}
+        best: dict[float, tuple[float, tuple[Candidate, ...]]] = {0: (0.0, ())}
         for options in reachable:
-            grown: dict[int, tuple[float, tuple[Candidate, ...]]] = {}
+            grown: dict[float, tuple[float, tuple[Candidate, ...]]] = {}
             for spent, (total, chosen) in best.items():
                 for option in options:
-                    key, score = spent + option.layers, total + option.score
+                    key, score = round(spent + cost(option), 9), total + option.score
                     if key not in grown or score > grown[key][0]:
                         grown[key] = (score, (*chosen, option))
             best = grown
-        for _, chosen in best.values():
+        for spent, (_, chosen) in best.items():
             plan = Selection(chosen)
-            if plan.layers not in plans or plan.score > plans[plan.layers].score:
-                plans[plan.layers] = plan
+            if plan.tap + spent not in plans or plan.score > plans[plan.tap + spent].score:
+                plans[plan.tap + spent] = plan
     efficient: list[Selection] = []
-    for layers in sorted(plans):
-        if not efficient or plans[layers].score > efficient[-1].score:
-            efficient.append(plans[layers])
+    for spent in sorted(plans):
+        if not efficient or plans[spent].score > efficient[-1].score:
+            efficient.append(plans[spent])
     return efficient
 
 

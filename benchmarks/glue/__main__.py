@@ -9,6 +9,7 @@ loaded from the hub. Without a GPU the rows are limited, so that the whole takes
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,12 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from benchmarks.glue.report import Results, write_report
+from benchmarks.glue.report import Plan, Results, write_report
 from clients import Client
 from clients.evaluate import evaluate
 from espalier import show
 from espalier.branch import BranchCard
+from espalier.costs import executed
 from espalier.encoder import load_base
 from espalier.errors import EspalierError, SpecError
 from espalier.spec import TaskSpec
@@ -39,6 +41,8 @@ from training.trainer import Progress as Told
 MAX_TRAIN_ON_CPU = ["1500", "cola=4000", "sst2=3000", "stsb=2000"]
 """Short texts are cheap, so tasks with short texts may have more of them."""
 MAX_DEV_ON_CPU = 1000
+CLS_WEIGHT = 10.0
+"""Of the distance to the teacher's [CLS] state, in the loss of students that fold more than their last layer."""
 CACHE_LIMIT = 40 * 2**30  # bytes
 
 Card = FullCard | BranchCard
@@ -77,6 +81,7 @@ def main(
         numbers(taps, "taps") or tuple(sorted({max(1, depth // 3), max(1, depth // 2), max(1, depth * 2 // 3)})),
         numbers(students, "students"),
         by_task,
+        CLS_WEIGHT,
     )
     specs = {task: glue_spec(task, data) for task in TASKS}
     cache = ActivationCache(out / ".activations", CACHE_LIMIT)
@@ -89,19 +94,32 @@ def main(
     cards = take_all(steps, lambda step, told: take(step, specs[step.task], loaded, settings, cache, told))
 
     with show.waiting("measuring what trunks and heads cost"):
-        candidates = selection.find_candidates([step.out for step in cards if step.tap is not None])
-        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers, c.folded) for c in candidates})
-    chosen = selection.select(candidates, threshold)
-    selection.write(out / "plan.yaml", chosen, threshold)
-    with show.waiting("exporting"):
-        export(planned_branches(out / "plan.yaml"), repository)
-    served = serve(repository, specs, max_dev)
+        every_way = selection.find_candidates([step.out for step in cards if step.tap is not None])
+        costs = measure(loaded, {c.tap for c in every_way}, {(c.kind, c.layers, c.folded) for c in every_way})
+    plans = {}
+    for name, candidates, fraction in (
+        # The paper's: logits alone, every layer counts. The other: whatever is cheapest once folding counts.
+        ("mixed", [c for c in every_way if c.folded <= 1], 1.0),
+        ("folded", every_way, costs.folded),
+    ):
+        cost = partial(counted, fraction=fraction)
+        chosen = selection.select(candidates, threshold, cost)
+        selection.write(out / f"{name}.yaml", chosen, threshold)
+        with show.waiting(f"exporting the {name} plan"):
+            export(planned_branches(out / f"{name}.yaml"), repository / name)
+        served = serve(repository / name, specs, max_dev)
+        plans[name] = Plan(chosen, selection.front(candidates, cost), served)
     results = Results(
-        base=loaded, settings=settings, rows=sizes, dev_rows=dev_rows, cards=cards, candidates=candidates,
-        chosen=chosen, threshold=threshold, costs=costs, served=served,
+        base=loaded, settings=settings, rows=sizes, dev_rows=dev_rows, cards=cards, candidates=every_way, plans=plans,
+        threshold=threshold, costs=costs,
     )  # fmt: skip
     write_report(report, results)
-    show.output.print(f"report: {report / 'glue.md'}")
+    show.output.print(f"report: {report / 'glue.md'}", soft_wrap=True)
+
+
+def counted(candidate: selection.Candidate, fraction: float) -> float:
+    """Return a candidate's layers, a folded one counted as `fraction`."""
+    return executed(candidate.layers, candidate.folded, fraction)
 
 
 def rows(limits: Sequence[str]) -> tuple[int | None, dict[str, int]]:
@@ -173,9 +191,8 @@ def take_all(steps: Sequence[Step], do: Callable[[Step, Report], Card]) -> dict[
                 note = f"about {minutes / 60:.1f} h left" if minutes > 90 else f"about {minutes:.0f} min left"
             bars.update(whole, completed=number, note=note)
             state = "trained" if trained else "up to date"
-            show.messages.print(
-                f"{number}/{len(steps)} {step.name}: {cards[step].score:.4f} ({state}) {note}", highlight=False
-            )
+            line = f"{number}/{len(steps)} {step.name}: {cards[step].score:.4f} ({state}) {note}"
+            show.messages.print(line, highlight=False, soft_wrap=True)
     return cards
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from benchmarks.glue.text import DEV_ROWS, markdown
 from espalier.branch import BranchCard
 from espalier.costs import Costs
 from espalier.encoder import Base
@@ -15,16 +16,23 @@ from training.front import plot_front
 from training.full import FullCard
 from training.glue import TASKS, Settings, Step
 from training.plots import INK, new_figure, write_figure
-from training.selection import Candidate, Selection, front, summary
+from training.selection import Candidate, Selection, summary
 
 PAPER = {"selected": 82.5, "full": 82.8, "overhead_layers": 0.343}
 """GLUE averages of the paper (Wei, Qi, He, ACL 2022), taken from a reader's notes on its full text."""
 
 
-DEV_ROWS = {
-    "cola": 1043, "sst2": 872, "mrpc": 408, "stsb": 1500, "qqp": 40430, "mnli": 9815, "qnli": 5463, "rte": 277,
-}  # fmt: skip
-"""Rows of GLUE's dev splits (matched, for MNLI)."""
+@dataclass(frozen=True)
+class Plan:
+    """A selected plan, the plans that no other beats, and what the server answered."""
+
+    chosen: Selection
+    front: list[Selection]
+    served: Mapping[str, Mapping[str, float]]  # dev metrics by task
+
+    def of(self, task: str) -> Candidate:
+        """Return what was chosen for `task`."""
+        return next(candidate for candidate in self.chosen.chosen if candidate.task == task)
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,18 @@ class Results:
     dev_rows: Mapping[str, int]  # by task, before the sample was taken
     cards: Mapping[Step, FullCard | BranchCard]
     candidates: list[Candidate]
-    chosen: Selection
+    plans: Mapping[str, Plan]  # "mixed", the paper's; "folded"
     threshold: float
     costs: Costs
-    served: Mapping[str, Mapping[str, float]]  # dev metrics of the server's answers
 
 
 def write_report(folder: Path, results: Results) -> None:
     """Write `glue.json`, `glue.md` and the plots to `folder`."""
     content = numbers(results)
-    plans = front(results.candidates)
     write_whole(folder / "glue.json", json.dumps(content, indent=2) + "\n")
-    full = content["mean"]["full"]
-    plot_front(folder / "glue-front.png", plans, results.chosen, results.costs, content["base"]["layers"], full)
+    depth, full = content["base"]["layers"], content["mean"]["full"]
+    for name, plan in results.plans.items():
+        plot_front(folder / f"glue-{name}.png", plan.front, plan.chosen, results.costs, depth, full)
     plot_tasks(folder / "glue-tasks.png", content)
     write_whole(folder / "glue.md", markdown(content))
 
@@ -57,19 +64,23 @@ def write_report(folder: Path, results: Results) -> None:
 def numbers(results: Results) -> dict[str, Any]:
     """Return everything that is reported, as plain values. Scores are in points: 100 × the metric."""
     depth = results.base.config.num_hidden_layers
-    tasks = {task: _task(task, results) for task in TASKS}
-    chosen = results.chosen
-    full = fmean(task["full"] for task in tasks.values())
+    ways: dict[str, dict[str, Any]] = {task: _ways(task, results) for task in TASKS}
+    full = fmean(task["full"] for task in ways.values())
+    plans = {name: _plan(plan, results, full) for name, plan in results.plans.items()}
+    mixed = plans["mixed"]
     arguments = results.settings.arguments
     return {
-        "tasks": tasks,
+        "tasks": {task: {**ways[task], **mixed["tasks"][task]} for task in TASKS},
         "mean": {
             "full": full,
-            **{key: fmean(task[key] for task in tasks.values()) for key in ("partial", "selected", "served")},
-            "retention": chosen.score / full,
-            "overhead_layers": chosen.layers / (depth * len(tasks)),
-            "overhead_folded": chosen.folded_layers(results.costs) / (depth * len(tasks)),
+            "partial": fmean(task["partial"] for task in ways.values()),
+            "selected": mixed["plan"]["score"],
+            "served": mixed["served"],
+            "retention": mixed["retention"],
+            "overhead_layers": mixed["plan"]["layers_fraction"],
+            "overhead_folded": mixed["plan"]["folded_fraction"],
         },
+        "plans": plans,
         "base": {"name": results.base.name, "revision": results.base.revision, "layers": depth},
         "settings": {
             "seeds": results.settings.seeds,
@@ -77,46 +88,62 @@ def numbers(results: Results) -> dict[str, Any]:
             "learning_rate": arguments.learning_rate,
             "batch_size": arguments.batch_size,
             "taps": list(results.settings.taps),
+            "cls_weight": results.settings.cls_weight,
             "threshold": results.threshold,
         },
-        **summary(chosen, front(results.candidates), results.costs, depth),
+        "folded_layer": results.costs.folded,
         "other_dev": {task: rows for task, rows in results.dev_rows.items() if rows != DEV_ROWS[task]},
         "paper": PAPER,
     }
 
 
-def _task(task: str, results: Results) -> dict[str, Any]:
+def _plan(plan: Plan, results: Results, full: float) -> dict[str, Any]:
+    tasks: dict[str, dict[str, Any]] = {}
+    for task in TASKS:
+        chosen = plan.of(task)
+        deployed = next(card for step, card in results.cards.items() if step.out == chosen.best)
+        tasks[task] = {
+            "selected": chosen.score,
+            "selected_sd": chosen.spread,
+            "tap": chosen.tap,
+            "layers": chosen.layers,
+            "folded": chosen.folded,
+            "distilled": chosen.distilled,
+            "served": 100 * plan.served[task][chosen.metric],
+            "served_offline": 100 * deployed.score,
+            "served_metrics": {name: 100 * value for name, value in plan.served[task].items()},
+        }
+    return {
+        **summary(plan.chosen, plan.front, results.costs, results.base.config.num_hidden_layers),
+        "retention": plan.chosen.score / full,
+        "served": fmean(task["served"] for task in tasks.values()),
+        "tasks": tasks,
+    }
+
+
+def _ways(task: str, results: Results) -> dict[str, Any]:
     whole = {step.seed: card for step, card in results.cards.items() if step.task == task and step.tap is None}
     full = [100 * card.score for card in whole.values()]
     own = [candidate for candidate in results.candidates if candidate.task == task]
-    (chosen,) = (candidate for candidate in results.chosen.chosen if candidate.task == task)
-    deployed = next(card for step, card in results.cards.items() if step.out == chosen.best)
     ways = {"partial": [c for c in own if not c.distilled]}
     for layers in (1, 2, 3):
-        ways[f"kd{layers}"] = [c for c in own if c.distilled and c.layers == layers]
+        ways[f"kd{layers}"] = [c for c in own if c.distilled and c.layers == layers and c.folded <= 1]
+    for count in (0, 1):
+        ways[f"folded_above_{count}"] = [c for c in own if c.folded > 1 and c.layers - c.folded == count]
+    metrics = next(iter(whole.values())).metrics
     found: dict[str, Any] = {
-        "metric": chosen.metric,
+        "metric": own[0].metric,
         "train_rows": results.rows[task][0],
         "dev_rows": results.rows[task][1],
         "full": fmean(full),
         "full_sd": stdev(full) if len(full) > 1 else None,
+        "full_metrics": {name: 100 * fmean(card.metrics[name] for card in whole.values()) for name in metrics},
     }
     for name, options in ways.items():
         best = max(options, key=lambda c: c.score, default=None)
         found[name] = best.score if best else None
         found[f"{name}_sd"] = best.spread if best else None
         found[f"{name}_tap"] = best.tap if best else None
-    found |= {
-        "selected": chosen.score,
-        "selected_sd": chosen.spread,
-        "tap": chosen.tap,
-        "layers": chosen.layers,
-        "distilled": chosen.distilled,
-        "served": 100 * results.served[task][chosen.metric],
-        "served_offline": 100 * deployed.score,
-        "served_metrics": {name: 100 * value for name, value in results.served[task].items()},
-        "full_metrics": {name: 100 * fmean(card.metrics[name] for card in whole.values()) for name in deployed.metrics},
-    }
     return found
 
 
@@ -134,7 +161,7 @@ def plot_tasks(path: Path, content: dict[str, Any]) -> None:
         places, heights, errors = [], [], []
         for place, task in enumerate(content["tasks"].values()):
             if task[key] is not None:
-                places.append(place + (index - 2) * 0.15)
+                places.append(place + (index - 3) * 0.12)
                 heights.append(task[key] - task["full"])
                 errors.append(task[f"{key}_sd"] or 0.0)
         marker = "*" if key == "selected" else "o"
@@ -142,121 +169,5 @@ def plot_tasks(path: Path, content: dict[str, Any]) -> None:
         axes.errorbar(places, heights, errors, fmt=marker, color=color, capsize=2, markersize=8, label=label)
     axes.axhline(0, color=INK, linestyle="--", linewidth=1)
     axes.set_xticks(range(len(content["tasks"])), list(content["tasks"]))
-    axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.13), frameon=False)
+    axes.legend(ncols=7, loc="upper center", bbox_to_anchor=(0.5, 1.13), frameon=False)
     write_figure(figure, path)
-
-
-def markdown(content: dict[str, Any]) -> str:
-    """Return the report."""
-    mean, paper, settings, base = (content[key] for key in ("mean", "paper", "settings", "base"))
-    plan = content["plan"]
-    whole = base["layers"] * len(content["tasks"])
-    seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed, so no spread is known"
-    return f"""# GLUE: eight tasks on one frozen trunk
-
-Made by `make glue`; the same numbers are in [`glue.json`](glue.json). Scores are in points (100 × the metric) on dev,
-± the standard deviation over seeds. Base: `{base["name"]}` with {base["layers"]} layers. {settings["epochs"]} epochs, learning rate
-{settings["learning_rate"]:g}, batches of {settings["batch_size"]}, {seeds}.
-
-| | selected | full fine-tuning | retention | layers executed | counted with folding |
-|---|---|---|---|---|---|
-| the paper (BERT-base, all of GLUE) | {paper["selected"]} | {paper["full"]} | {paper["selected"] / paper["full"]:.1%} | {paper["overhead_layers"]:.1%} | – |
-| here | {mean["selected"]:.2f} | {mean["full"]:.2f} | {mean["retention"]:.1%} | {mean["overhead_layers"]:.1%} | {mean["overhead_folded"]:.1%} |
-
-The two rows are not comparable but for their ratios: another base, other sizes of train and dev. Selected is a plan of
-{plan["layers"]} layers executed where a whole model per task executes {whole}; a folded layer was measured to cost
-{content["folded_layer"]:.2f} of a full one. `espalier select` chose it with a threshold of {settings["threshold"]:g} points a layer.
-
-![Score of each way by task, less full fine-tuning](glue-tasks.png)
-
-{_task_table(content)}
-
-*Full*: every layer and the embeddings trained, a model per task. *Partial*: the best of the taps {_list(settings["taps"])}, all layers
-above the tap trained. *Distilled*: from the partial one of the same tap, the best of the taps. *Selected* and its tap +
-layers: what is deployed; *served* is the dev score of the real Triton's answers for the best of its seeds, *offline*
-what training had computed for that branch.
-
-{_metric_table(content)}
-
-## Score against cost
-
-![Mean dev score against layers executed, layers with folding, and milliseconds per text](glue-front.png)
-
-{_front_table(content, whole)}
-
-Each row is a plan that no other beats in both mean score and layers executed. Milliseconds are medians of one process
-on the CPU at hand; they are there to be compared with one another.
-
-## How far this can be trusted
-
-* Rows of train and dev are samples where the table says fewer than the task has; the same sample in every training.
-* The epoch that is kept, the tap, the layers and the deployed seed are chosen on the same dev split that is reported, for
-  the yardstick only the epoch is. That favours what is selected by about the noise of dev.
-* Dev is not the hidden test of the GLUE benchmark.{_caveats(content)}
-"""
-
-
-def _caveats(content: dict[str, Any]) -> str:
-    lines = []
-    if "minilm" in content["base"]["name"].lower():
-        lines.append(
-            "The packaged MiniLM was made for sentence similarity, from pairs that include Quora questions and natural "
-            "language inference: QQP and MNLI are not new to it, neither here nor in full fine-tuning."
-        )
-    for task, rows in content["other_dev"].items():
-        lines.append(
-            f"The dev split of {task} has {rows:,} rows, GLUE's own {DEV_ROWS[task]:,}: it is another one, not to be "
-            "compared with published scores."
-        )
-    return "".join(f"\n* {line}" for line in lines)
-
-
-def _list(values: list[int]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _score(value: float | None, spread: float | None = None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if spread is None else f"{value:.1f} ± {spread:.1f}"
-
-
-def _task_table(content: dict[str, Any]) -> str:
-    lines = [
-        "| task | metric | train | dev | full | partial (tap) | to 3 | to 2 | to 1 | selected | tap + layers | served | offline |",
-        "|---" * 13 + "|",
-    ]
-    for name, task in content["tasks"].items():
-        partial = f"{_score(task['partial'], task['partial_sd'])} ({task['partial_tap']})"
-        ways = [
-            f"{_score(task[way], task[f'{way}_sd'])} ({task[f'{way}_tap']})" if task[way] is not None else "–"
-            for way in ("kd3", "kd2", "kd1")
-        ]
-        cells = [
-            name, task["metric"], f"{task['train_rows']:,}", f"{task['dev_rows']:,}",
-            _score(task["full"], task["full_sd"]), partial, *ways, _score(task["selected"], task["selected_sd"]),
-            f"{task['tap']} + {task['layers']}", f"{task['served']:.2f}", f"{task['served_offline']:.2f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _metric_table(content: dict[str, Any]) -> str:
-    lines = ["| task | metric | full | served |", "|---|---|---|---|"]
-    for name, task in content["tasks"].items():
-        for metric, value in task["served_metrics"].items():
-            lines.append(f"| {name} | {metric} | {task['full_metrics'][metric]:.2f} | {value:.2f} |")
-    return "\n".join(lines)
-
-
-def _front_table(content: dict[str, Any], whole: int) -> str:
-    lines = ["| | mean score | of full | layers | of all | with folding | of all | ms per text |", "|---" * 8 + "|"]
-    plans = {json.dumps(plan): plan for plan in (*content["front"], content["plan"])}
-    for plan in sorted(plans.values(), key=lambda plan: (plan["layers"], plan["score"])):
-        mark = "selected" if plan == content["plan"] else ""
-        lines.append(
-            f"| {mark} | {plan['score']:.2f} | {plan['score'] / content['mean']['full']:.1%} | {plan['layers']} | "
-            f"{plan['layers'] / whole:.1%} | {plan['folded_layers']:.1f} | {plan['folded_layers'] / whole:.1%} | "
-            f"{plan['ms_per_text']:.2f} |"
-        )
-    return "\n".join(lines)
