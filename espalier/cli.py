@@ -295,7 +295,7 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Choose tap and layers for each task, jointly, and write a plan for `espalier export --plan`."""
-    from espalier.branch import read_card
+    from espalier.branch import check_trunk, read_card
     from espalier.costs import executed
     from espalier.encoder import load_base
 
@@ -307,6 +307,8 @@ def select(
         candidates = selection.find_candidates(folders)
         card = read_card(candidates[0].best)
         loaded = load_base(base) if base else load_base(card.base, card.revision)
+        for candidate in candidates:
+            check_trunk(read_card(candidate.best), loaded, str(candidate.best))
         status.update("measuring what heads and trunks cost")
         costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers, c.folded) for c in candidates})
     fraction = costs.folded if count == "folded" else 1.0
@@ -534,7 +536,18 @@ def search_progress(name: str) -> "Iterator[Callable[[Status], None]]":
 
 def _print_branch(card: "BranchCard", out: Path, trained: bool, as_json: bool) -> None:
     if as_json:
-        keep = {"labels", "base", "revision", "tap", "layers", "metrics", "fingerprint", "arguments", "stopped"}
+        keep = {
+            "labels",
+            "base",
+            "revision",
+            "tap",
+            "layers",
+            "folded",
+            "metrics",
+            "fingerprint",
+            "arguments",
+            "stopped",
+        }
         _print_json({"task": card.spec.name, "branch": str(out), "trained": trained, **card.model_dump(include=keep)})
     else:
         show.branch(card, out, trained)

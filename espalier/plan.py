@@ -48,7 +48,10 @@ def write_plan(path: Path, plan: Plan, notes: Mapping[str, str], header: str) ->
         lines.append(f"  {task}:  # {notes[task]}" if task in notes else f"  {task}:")
         fields = yaml.safe_dump({**planned.model_dump(), "branch": branch}, sort_keys=False)
         lines += [f"    {field}" for field in fields.splitlines()]
-    write_whole(path, "\n".join(lines) + "\n")
+    try:
+        write_whole(path, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise SpecError(f"the plan cannot be written to {path}: {error.strerror or error}") from error
 
 
 def read_plan(path: Path) -> Plan:

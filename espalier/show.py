@@ -150,7 +150,7 @@ def exported(done: "Sequence[Exported]", repository: Path) -> None:
 def tasks(heads: Sequence[HeadInfo]) -> None:
     """Print what is deployed."""
     table = Table(box=None, padding=(0, 2, 0, 0))  # narrow: seven columns on a terminal of 80
-    for column in ("task", "kind", "text", "tap", "layers", "dev metric", "fingerprint"):
+    for column in ("task", "kind", "text", "tap", "layers", "dev metric", "trunk"):
         table.add_column(column, no_wrap=True)
     for head in sorted(heads, key=lambda head: head.task):
         table.add_row(

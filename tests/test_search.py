@@ -354,6 +354,12 @@ def test_a_killed_search_takes_its_workers_along_and_goes_on(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_a_teacher_of_one_layer_has_no_students(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    train(spec, tiny, 2, 1, QUICK, tmp_path / "teacher", silent)
+    with pytest.raises(SpecError, match="teacher has one layer"):
+        run(spec, tiny, tmp_path / "search", (), teacher=tmp_path / "teacher")
+
+
 def test_selection_knows_all_seeds_of_a_search(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
     result, _ = run(spec, tiny, tmp_path / "search")
     found = {candidate.layers: candidate for candidate in find_candidates([tmp_path / "search"])}

@@ -116,6 +116,16 @@ def test_branches_of_two_bases_do_not_share_a_trunk(base: Base, tiny: Base, spec
         find_candidates([tmp_path])
 
 
+def test_scores_by_two_metrics_are_not_compared(base: Base, specs: Path, tmp_path: Path) -> None:
+    make_branch(base, specs / "intent.yaml", SHALLOW, 1, tmp_path / "a")
+    make_branch(base, specs / "intent.yaml", SHALLOW, 2, tmp_path / "b")
+    card = json.loads((tmp_path / "b" / "branch.json").read_text())
+    card["spec"]["metric"] = "macro_f1"
+    (tmp_path / "b" / "branch.json").write_text(json.dumps(card))
+    with pytest.raises(BranchError, match="was scored by macro_f1, another branch of task 'intent' by accuracy"):
+        find_candidates([tmp_path])
+
+
 @pytest.fixture
 def plan(base: Base, specs: Path, tmp_path: Path) -> Path:
     for task in ("intent", "urgency"):

@@ -467,6 +467,19 @@ def test_a_student_may_be_drawn_to_its_teachers_state(
     assert distance(100.0) < 0.7 * distance(0.0)
 
 
+def test_texts_without_a_labelled_token_add_nothing_to_the_loss() -> None:
+    logits, labels = torch.randn(2, 3, 4), torch.full((2, 3), IGNORED)
+    assert hard_loss(Kind.TAGGING, logits, labels) == 0
+    assert soft_loss(Kind.TAGGING, logits, labels, torch.randn(2, 3, 4)) == 0
+
+
+def test_a_teacher_of_folded_layers_may_have_a_student(tiny: Base, spec: TaskSpec, tmp_path: Path) -> None:
+    train(spec, tiny, 1, 2, QUICK, tmp_path / "teacher", silent, folded=2)
+    assert distill(tmp_path / "teacher", tiny, 1, QUICK, tmp_path / "student", silent)[0].layers == 1
+    with pytest.raises(BranchError, match="2 layers, 2 of them folded; a student has fewer"):
+        distill(tmp_path / "teacher", tiny, 2, QUICK, tmp_path / "student", silent)
+
+
 def test_a_tagging_student_has_no_state_to_be_drawn_to(tiny: Base, tmp_path: Path) -> None:
     spec = load_spec(write_task(tmp_path, Kind.TAGGING))
     train(spec, tiny, 1, 2, Arguments(epochs=1), tmp_path / "teacher", silent)

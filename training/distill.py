@@ -46,7 +46,7 @@ def soft_loss(kind: Kind, logits: Tensor, labels: Tensor, teacher: Tensor) -> Te
     counted = labels.flatten() != IGNORED
     student = F.log_softmax(logits.flatten(0, -2)[counted] / TEMPERATURE, dim=-1)
     target = F.log_softmax(teacher.flatten(0, -2)[counted] / TEMPERATURE, dim=-1)
-    return TEMPERATURE**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
+    return TEMPERATURE**2 * F.kl_div(student, target, reduction="sum", log_target=True) / max(1, len(student))
 
 
 def distill(
@@ -73,7 +73,7 @@ def distill(
             "train a teacher with the spec's, or take the teacher's"
         )
     folded = foldable(spec.kind, layers)[0] if folded is None else folded
-    if not 0 < layers <= card.layers or layers - folded >= card.layers - card.folded:
+    if layers < 1 or layers > card.layers or (layers - folded, layers) >= (card.layers - card.folded, card.layers):
         raise BranchError(
             f"{teacher_path} has {card.layers} layers, {card.folded} of them folded; a student has fewer, but at least "
             f"1, or as many with more of them folded, not {layers} with {folded} folded"

@@ -103,4 +103,7 @@ def hard_loss(kind: Kind, logits: Tensor, labels: Tensor, crf: CRF | None = None
     if crf is not None:
         words = labels != IGNORED
         return -crf.log_likelihood(logits, words, labels).sum() / words.sum().clamp(min=1)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)  # a text may have no token with a label

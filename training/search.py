@@ -182,6 +182,8 @@ def search(
 
 
 def _check(trials: Sequence[Trial], base: Base, teacher: BranchCard | None, where: str) -> None:
+    if not trials:
+        raise SpecError(f"{where} has one layer: there is no student with fewer")
     deepest, fewest = max(trial.layers for trial in trials), min(trial.layers for trial in trials)
     if teacher is None:
         depth = base.config.num_hidden_layers
@@ -386,19 +388,19 @@ class _Clock:
 def searched_scores(branch: Path, card: BranchCard) -> tuple[float, ...]:
     """Return the dev scores, by seed, of the trials that differ from that of `branch` by seed alone.
 
-    None if the folder lies in no search.
+    Empty if the folder lies in no search, or is not of one of the search's finished trials.
     """
-    try:
-        report = json.loads((branch.resolve().parent / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    trials = []
+    for file in sorted((branch.resolve().parent / "trials").glob("*.json")):
+        try:
+            trials.append(Finished.model_validate_json(file.read_bytes()))
+        except (OSError, ValidationError):
+            continue  # not one of a search
+    own = next((finished.trial for finished in trials if finished.inputs == card.inputs), None)
+    if own is None:
         return ()
-    init = card.teacher.init if card.teacher else None
-    wanted = (card.spec.name, card.layers, card.arguments["learning_rate"], init)
-    return tuple(
-        trial["score"]
-        for trial in report["trials"]
-        if (report["task"], trial["layers"], trial["learning_rate"], trial["init"]) == wanted
-    )
+    alike = [finished for finished in trials if finished.trial.model_copy(update={"seed": own.seed}) == own]
+    return tuple(finished.metrics[card.spec.metric] for finished in alike)
 
 
 # --- the report -------------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
     """
     groups: dict[tuple[object, ...], list[tuple[Path, BranchCard]]] = defaultdict(list)
     first: tuple[Path, BranchCard] | None = None
+    metrics: dict[str, str] = {}
     for folder in folders:
         cards = folder.rglob(CARD_FILE)
         # Folders with a dot hold what is not finished.
@@ -102,7 +103,14 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
                 )
             recipe = sorted((name, repr(value)) for name, value in card.arguments.items() if name != "seed")
             drawn = card.teacher and (card.teacher.init, card.teacher.cls_weight)
-            key = (card.spec.name, card.tap, card.layers, card.folded, drawn, tuple(recipe))
+            shape = (card.tap, card.layers, card.folded, card.spec.structure, card.labels)
+            key = (card.spec.name, *shape, drawn, card.cached, tuple(recipe))
+            metric = metrics.setdefault(card.spec.name, card.spec.metric)
+            if card.spec.metric != metric:
+                raise BranchError(
+                    f"{path} was scored by {card.spec.metric}, another branch of task {card.spec.name!r} by {metric}; "
+                    "train one of them again, or leave it out"
+                )
             if all(path.resolve() != known.resolve() for known, _ in groups[key]):
                 groups[key].append((path, card))
     return [_candidate(group) for group in groups.values()]

@@ -69,8 +69,8 @@ def main(
     report: Annotated[Path, typer.Option(help="Folder of glue.md, glue.json and their plots.")] = Path("docs"),
 ) -> None:
     """Train, select, export, serve, report."""
-    if max_train is None and max_dev is None and not torch.cuda.is_available():
-        max_train, max_dev = MAX_TRAIN_ON_CPU, MAX_DEV_ON_CPU
+    if not torch.cuda.is_available():
+        max_train, max_dev = max_train or MAX_TRAIN_ON_CPU, max_dev or MAX_DEV_ON_CPU
     every, by_task = rows(max_train or [])
     with show.waiting("loading the base"):
         loaded = load_base(base)

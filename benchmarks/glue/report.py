@@ -92,6 +92,7 @@ def numbers(results: Results) -> dict[str, Any]:
             "threshold": results.threshold,
         },
         "folded_layer": results.costs.folded,
+        "stopped": [step.name for step, card in results.cards.items() if card.stopped is not None],
         "other_dev": {task: rows for task, rows in results.dev_rows.items() if rows != DEV_ROWS[task]},
         "paper": PAPER,
     }

@@ -144,7 +144,11 @@ def _front(plan: dict[str, Any], mean: dict[str, Any], whole: int) -> str:
 
 
 def _caveats(content: dict[str, Any]) -> str:
-    lines = []
+    lines = [
+        "Full fine-tuning has the learning rate and the batches of the branches; nothing was tuned for either of them."
+    ]
+    for step in content["stopped"]:
+        lines.append(f"Stopped early, since its loss was not finite: {step}.")
     if "minilm" in content["base"]["name"].lower():
         lines.append(
             "The packaged MiniLM was made for sentence similarity, from pairs that include Quora questions and natural "
