@@ -498,7 +498,8 @@ def training_progress(name: str) -> "Iterator[Report]":
         row = bar.add_task(name, total=None, note="")
 
         def report(step: Step) -> None:
-            where = f"{name}: the trunk, once" if step.stage == "trunk" else name
+            before = {"trunk": ": the trunk, once", "teacher": ": the teacher's answers"}
+            where = name + before.get(step.stage, "")
             bar.update(row, description=where, completed=step.step, total=step.steps)
             if step.metrics is not None:
                 scores = "  ".join(f"{key} {value:.3f}" for key, value in step.metrics.items() if key != "epoch")

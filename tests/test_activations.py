@@ -86,7 +86,7 @@ def test_they_are_computed_once_for_all_seeds_rates_and_students(
     train(spec, tiny, 1, 2, Arguments(1, 2e-3, 8, seed=5), tmp_path / "second", report, cache)
     train(spec, tiny, 1, 1, Arguments(1, 1e-3, 8), tmp_path / "third", report, cache)
     distill(tmp_path / "first", tiny, 1, Arguments(1, 1e-3, 8), tmp_path / "student", report, cache=cache)
-    assert set(stages) == {"training"}
+    assert set(stages) == {"training", "teacher"}
     assert len(sets(cache)) == 2  # train and dev
 
 

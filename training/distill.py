@@ -27,7 +27,7 @@ from training.features import IGNORED, featurize
 from training.finetune import hard_loss, inputs_digest, new_branch
 from training.fit import Output, attach_activations, fit, up_to_date, workshop
 from training.predict import outputs_of
-from training.trainer import Arguments, Report
+from training.trainer import Arguments, Progress, Report
 
 TEMPERATURE = 2.0
 
@@ -108,7 +108,7 @@ def distill(
         total = hard_loss(spec.kind, output.logits, labels, crf)
         if target is not None:  # else a dev batch, whose loss is only reported
             total = total + soft_loss(spec.kind, output.logits, labels, target.logits)
-            if cls_weight:
+            if output.states is not None and target.states is not None:
                 total = total + cls_weight * F.mse_loss(output.states, target.states)
         return total
 
@@ -120,5 +120,8 @@ def distill(
             spec=spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
             work=work, out=out, report=report, loss=loss, cache=cache,
             teacher=told,
-            targets=outputs_of(teacher, base, card.tap, features, arguments.batch_size),
+            targets=outputs_of(
+                teacher, base, card.tap, features, arguments.batch_size, with_states=cls_weight > 0,
+                report=lambda done, total: report(Progress(done, total, 0, stage="teacher")),
+            ),
         ), True  # fmt: skip

@@ -34,7 +34,7 @@ class Output:
     """What a branch gives for a batch."""
 
     logits: Tensor  # [B,C], [B,1] or [B,S,C]
-    states: Tensor  # what the output layer read: [B,H] or [B,S,H]
+    states: Tensor | None  # what the output layer read, [B,H] or [B,S,H]; of a teacher only if the loss wants it
 
 
 Loss = Callable[[Output, Tensor, Output | None], Tensor]
@@ -95,9 +95,7 @@ class _Model(nn.Module):
                 hidden = self._frozen[0](input_ids, token_type_ids, mask, tap=self._tap)  # [B,S,H]
         states = self.branch.states(hidden, mask)
         logits = self.branch.read(states)
-        target = None
-        if teacher_logits is not None and teacher_states is not None:
-            target = Output(teacher_logits, teacher_states)
+        target = None if teacher_logits is None else Output(teacher_logits, teacher_states)
         loss = self._loss(Output(logits, states), labels, target)
         return {"loss": loss, "logits": logits if self.training else self.branch.decoded(logits, mask, words)}
 
@@ -118,7 +116,9 @@ def fit(
     }
     if targets is not None:
         for feature, target in zip(splits["train"], targets, strict=True):
-            feature["teacher_logits"], feature["teacher_states"] = target.logits, target.states
+            feature["teacher_logits"] = target.logits
+            if target.states is not None:
+                feature["teacher_states"] = target.states
     exact = [dict(feature) for feature in splits["dev"]]  # without activations, as served
     if cache is not None:
         attach_activations(cache, base, tap, splits.values(), report)

@@ -16,11 +16,11 @@ from training.fit import Output
 @torch.no_grad()
 def outputs_of(
     branch: Branch, base: Base, tap: int, features: Sequence[dict[str, Any]], batch_size: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int], None] = lambda done, total: None, with_states: bool = False,
 ) -> list[Output]:  # fmt: skip
-    """Return logits and states by example: [C] and [H], or for tagging [S,C] and [S,H]. A loaded branch has no dropout.
+    """Return logits by example, [C] or for tagging [S,C], and states if asked for, [H] or [S,H].
 
-    `features` are those of training.features; with activations attached the trunk does not run. `report` is told the
+    A loaded branch has no dropout. `features` are those of training.features; with activations attached the trunk does not run. `report` is told the
     texts done, and all texts.
     """
     order = sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))  # little padding
@@ -36,6 +36,6 @@ def outputs_of(
             for row, logits, state in zip(rows, branch.read(states).cpu(), states.cpu(), strict=True):
                 # Without its pads; a copy, since a part of a tensor keeps all of it in memory.
                 real = slice(len(features[row]["input_ids"]) if branch.kind is Kind.TAGGING else None)
-                outputs[row] = Output(logits[real].clone(), state[real].clone())
+                outputs[row] = Output(logits[real].clone(), state[real].clone() if with_states else None)
             report(start + len(rows), len(order))
     return [outputs[row] for row in range(len(features))]

@@ -64,7 +64,7 @@ class Progress:
     steps: int
     epoch: float
     metrics: dict[str, float] | None = None
-    stage: str = "training"  # or, before it, "trunk": steps are then texts
+    stage: str = "training"  # or, before it, "trunk" or "teacher": steps are then texts
 
 
 Report = Callable[[Progress], None]
