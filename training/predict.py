@@ -20,8 +20,8 @@ def outputs_of(
 ) -> list[Output]:  # fmt: skip
     """Return logits by example, [C] or for tagging [S,C], and states if asked for, [H] or [S,H].
 
-    A loaded branch has no dropout. `features` are those of training.features; with activations attached the trunk does not run. `report` is told the
-    texts done, and all texts.
+    A loaded branch has no dropout. `features` are those of training.features; with activations attached the trunk does
+    not run. `report` is told the texts done, and all texts.
     """
     order = sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))  # little padding
     outputs: dict[int, Output] = {}
