@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from espalier.contract import Kind, Structure
-from espalier.crf import CRF
+from espalier.contract import Kind
+from espalier.crf import CRF, crf_for
 from espalier.encoder import Base, EncoderConfig, Layer
-from espalier.errors import BranchError, FingerprintError
+from espalier.errors import BranchError, FingerprintError, first_problem
 from espalier.files import digest, whole_folder, write_whole
 from espalier.spec import TaskSpec
 
@@ -65,6 +65,7 @@ class BranchCard(BaseModel):
     teacher: Teacher | None  # None: fine-tuned, not distilled
     inputs: str  # digest of all that the training depends on
     versions: dict[str, str]  # of the libraries
+    threads: int  # of torch; they decide the last digits of sums
     weights: str  # sha256 of the weights file
 
     @property
@@ -208,8 +209,7 @@ def read_card(path: Path) -> BranchCard:
 def _reason(error: ValidationError | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return str(error)
-    first = error.errors()[0]
-    return ": ".join(filter(None, (".".join(str(part) for part in first["loc"]), first["msg"])))
+    return ": ".join(filter(None, first_problem(error)))
 
 
 def load_branch(path: Path) -> tuple[Branch, BranchCard]:
@@ -224,13 +224,20 @@ def load_branch(path: Path) -> tuple[Branch, BranchCard]:
         raise BranchError(f"{file} is damaged: its digest is not the one in {CARD_FILE}; copy or train it again")
     try:
         outputs = max(1, len(card.labels))
-        crf = CRF(card.labels) if card.spec.structure is Structure.CRF else None
+        crf = crf_for(card.spec.structure, card.labels)
         branch = Branch(EncoderConfig(**card.encoder), card.spec.kind, card.layers, outputs, crf, card.folded)
         branch.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise BranchError(f"{file} does not hold the layers that {CARD_FILE} names: {reason}") from error
     return branch.eval(), card
+
+
+def other_base(path: Path, card: BranchCard, first: Path, its: BranchCard) -> str | None:
+    """Say on which bases two branches were trained, if they are not one; None if they are."""
+    if (card.base, card.revision) == (its.base, its.revision):
+        return None
+    return f"{path} was trained on {card.base!r} ({card.revision}), {first} on {its.base!r} ({its.revision})"
 
 
 def check_trunk(card: BranchCard, base: Base, where: str) -> None:

@@ -51,6 +51,9 @@ Data = Annotated[
 Warmup = Annotated[float, typer.Option(help="Part of the run over which the learning rate rises.")]
 WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
 MaxDev = Annotated[int | None, typer.Option(help="Use a sample of so many rows of dev, the same in every run.")]
+BF16 = Annotated[
+    bool, typer.Option("--bf16", help="Train in bfloat16 where it is faster (GPUs, newer CPUs); dev is scored in FP32.")
+]
 SpecMoved = Annotated[Path | None, typer.Option(help="The task's spec file, if its data moved since.")]
 UseCache = Annotated[
     bool, typer.Option("--cache", help="Run the trunk once, and keep its activations in .activations beside OUT.")
@@ -81,6 +84,7 @@ def train(
     max_dev: MaxDev = None,
     warmup: Warmup = 0.1,
     weight_decay: WeightDecay = 0.01,
+    bf16: BF16 = False,
     use_cache: UseCache = False,
     cache_limit: CacheLimit = 20.0,
     out: Annotated[Path | None, typer.Option(help="The branch folder. [default: branches/TASK]")] = None,
@@ -97,7 +101,7 @@ def train(
         from training.trainer import Arguments
 
         loaded = load_base(base, revision)
-    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
+    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev, bf16)
     with training_progress(task.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
         card, trained = fine_tune(task, loaded, tap, layers, arguments, out, report, cache, folded=folded)
@@ -127,6 +131,7 @@ def distill(
     max_dev: MaxDev = None,
     warmup: Warmup = 0.1,
     weight_decay: WeightDecay = 0.01,
+    bf16: BF16 = False,
     use_cache: UseCache = False,
     cache_limit: CacheLimit = 20.0,
     as_json: Json = False,
@@ -143,7 +148,7 @@ def distill(
         from training.trainer import Arguments
 
         loaded = load_base(base) if base else load_base(card.base, card.revision)
-    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev)
+    arguments = Arguments(epochs, learning_rate, batch_size, warmup, weight_decay, seed, max_train, max_dev, bf16)
     with training_progress(card.spec.name) as report:
         cache = _cache(out, cache_limit) if use_cache else None
         start = Init(init)
@@ -193,6 +198,7 @@ def search(
     epochs: Epochs = 4,
     batch_size: BatchSize = 32,
     max_train: MaxTrain = None,
+    bf16: BF16 = False,
     jobs: Annotated[
         int | None, typer.Option(help="Trials at once. [default: 1; with --ray as many as there are CPUs]")
     ] = None,
@@ -238,7 +244,7 @@ def search(
         threads = 1 if ray is not None else max(1, len(os.sched_getaffinity(0)) // max(1, jobs or 1))
     with search_progress(task.name) as report:
         result = run_search(
-            task, loaded, trials, Arguments(epochs, batch_size=batch_size, max_train=max_train), out, report,
+            task, loaded, trials, Arguments(epochs, batch_size=batch_size, max_train=max_train, bf16=bf16), out, report,
             teacher=teacher, cache=_cache(out, cache_limit) if use_cache else None, jobs=jobs, ray=ray, threads=threads,
         )  # fmt: skip
     if as_json:
@@ -296,7 +302,6 @@ def select(
 ) -> None:
     """Choose tap and layers for each task, jointly, and write a plan for `espalier export --plan`."""
     from espalier.branch import check_trunk, read_card
-    from espalier.costs import executed
     from espalier.encoder import load_base
 
     with show.waiting("reading the branches") as status:
@@ -310,13 +315,10 @@ def select(
         for candidate in candidates:
             check_trunk(read_card(candidate.best), loaded, str(candidate.best))
         status.update("measuring what heads and trunks cost")
-        costs = measure(loaded, {c.tap for c in candidates}, {(c.kind, c.layers, c.folded) for c in candidates})
+        costs = measure(loaded, {c.tap for c in candidates}, {c.shape for c in candidates})
     fraction = costs.folded if count == "folded" else 1.0
-
-    def cost(candidate: selection.Candidate) -> float:
-        return executed(candidate.layers, candidate.folded, fraction)
-
-    plan, plans = selection.select(candidates, threshold, cost), selection.front(candidates, cost)
+    plan = selection.select(candidates, threshold, lambda c: c.counted(fraction))
+    plans = selection.front(candidates, lambda c: c.counted(fraction))
     selection.write(out, plan, threshold)
     plot_front(front, plans, plan, costs, loaded.config.num_hidden_layers)
     if as_json:
@@ -498,18 +500,13 @@ def training_progress(name: str) -> "Iterator[Report]":
         row = bar.add_task(name, total=None, note="")
 
         def report(step: Step) -> None:
-            before = {"trunk": ": the trunk, once", "teacher": ": the teacher's answers"}
-            where = name + before.get(step.stage, "")
-            bar.update(row, description=where, completed=step.step, total=step.steps)
+            bar.update(row, description=step.label(name), completed=step.step, total=step.steps)
             if step.metrics is not None:
                 scores = "  ".join(f"{key} {value:.3f}" for key, value in step.metrics.items() if key != "epoch")
                 bar.update(row, note=f"dev after epoch {step.epoch:.0f}: {scores}")
 
-        try:
+        with _told_if_stopped("the same command goes on from the last whole epoch"):
             yield report
-        except KeyboardInterrupt:
-            show.messages.print("stopped; the same command goes on from the last whole epoch")
-            raise
         bar.update(row, visible=False)
 
 
@@ -527,12 +524,19 @@ def search_progress(name: str) -> "Iterator[Callable[[Status], None]]":
                 row, completed=status.done, total=status.total, share=status.share, running=", ".join(status.running)
             )
 
-        try:
+        with _told_if_stopped("finished trials are kept, and the same command goes on"):
             yield report
-        except KeyboardInterrupt:
-            show.messages.print("stopped; finished trials are kept, and the same command goes on")
-            raise
         bar.update(row, visible=False)
+
+
+@contextmanager
+def _told_if_stopped(what: str) -> Iterator[None]:
+    """Say what is kept when the block is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        show.messages.print(f"stopped; {what}")
+        raise
 
 
 def _print_branch(card: "BranchCard", out: Path, trained: bool, as_json: bool) -> None:

@@ -91,7 +91,7 @@ def trunk_config(info: TrunkInfo, threads: int | None) -> pb.ModelConfig:
 
 
 def head_config(info: HeadInfo, target: Target) -> pb.ModelConfig:
-    """Config of a head. One thread: a head is a few per cent of a trunk layer, and idle pools spin."""
+    """Config of a head. One thread: a folded head is a few per cent of a trunk layer, and idle pools spin."""
     config = _onnx_config(info.model, "hidden", target, threads=1)
     _tensor(config.input.add(), "hidden", target.hidden_type, [-1, info.hidden_size], ragged=True)
     if info.structure is Structure.CRF:  # its chain runs over words, which it tells by the tokens

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
-from espalier.errors import ContractError
+from espalier.errors import ContractError, first_problem
 
 TOKENIZER = "tokenizer"
 ENSEMBLE = "multitask"
@@ -92,10 +92,9 @@ class _Info(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where, what = first_problem(error)
             raise ContractError(
-                f"{config.name}/{CONFIG_FILE}: parameter {where!r}: {first['msg']}; export the folder again"
+                f"{config.name}/{CONFIG_FILE}: parameter {where!r}: {what}; export the folder again"
             ) from error
 
 
@@ -137,6 +136,7 @@ class HeadInfo(_Info):
     structure: Structure = Structure.SOFTMAX  # of a tagging task
     tap: int = Field(ge=1)
     layers: int = Field(ge=0)
+    folded: int = Field(ge=0)  # of the layers: computed for [CLS] alone
     hidden_size: int = Field(gt=0)
     labels: tuple[str, ...]  # empty for regression
     pair: bool  # trained on sentence pairs

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from espalier.contract import Structure
 from espalier.tagging import Scheme
 
 IMPOSSIBLE = -1e4
@@ -21,6 +22,11 @@ SMALLEST = 1e-300
 
 NO_WORD = -1
 """The label of a token that begins no word."""
+
+
+def crf_for(structure: Structure, labels: Sequence[str]) -> "CRF | None":
+    """Return the fresh CRF of a task, if it has one."""
+    return CRF(labels) if structure is Structure.CRF else None
 
 
 class CRF(nn.Module):

@@ -20,6 +20,11 @@ The message of each is one or two sentences that say what was wrong, where, and 
 prints it without a traceback.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 __all__ = [
     "BranchError",
     "CheckpointError",
@@ -36,6 +41,7 @@ __all__ = [
     "TrainingError",
     "UnavailableError",
     "UnknownTaskError",
+    "first_problem",
 ]
 
 
@@ -97,3 +103,9 @@ class UnavailableError(RequestError):
 
 class DeadlineError(RequestError):
     """The answer did not come within the deadline."""
+
+
+def first_problem(error: "ValidationError") -> tuple[str, str]:
+    """Return the first problem that pydantic found: the place, its parts joined by dots, and what is wrong there."""
+    first = error.errors()[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]

@@ -15,8 +15,11 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from espalier.errors import SpecError
-from espalier.files import write_whole
+from espalier.errors import SpecError, first_problem
+from espalier.files import digest, write_whole
+from espalier.spec import read_yaml
+
+_SEAL = "# not edited while this fits: "
 
 
 class PlannedTask(BaseModel):
@@ -39,7 +42,11 @@ class Plan(BaseModel):
 
 
 def write_plan(path: Path, plan: Plan, notes: Mapping[str, str], header: str) -> None:
-    """Write `plan`, its branches relative to its own folder, with a note beside each task."""
+    """Write `plan`, its branches relative to its own folder, with a note beside each task.
+
+    A plan that was written so takes the place of another one, but not of one that a person has edited since, nor of
+    any other file: that raises SpecError.
+    """
     home = path.resolve().parent
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
     lines.append("tasks:")
@@ -49,26 +56,27 @@ def write_plan(path: Path, plan: Plan, notes: Mapping[str, str], header: str) ->
         fields = yaml.safe_dump({**planned.model_dump(), "branch": branch}, sort_keys=False)
         lines += [f"    {field}" for field in fields.splitlines()]
     try:
-        write_whole(path, "\n".join(lines) + "\n")
+        if path.exists() and not _as_written(path.read_text(encoding="utf-8")):
+            raise SpecError(f"{path} was edited, or is no plan; move it away, or give another --out")
+        text = "\n".join(lines) + "\n"
+        write_whole(path, f"{text}{_SEAL}{digest(text)}\n")
     except OSError as error:
         raise SpecError(f"the plan cannot be written to {path}: {error.strerror or error}") from error
+
+
+def _as_written(text: str) -> bool:
+    content, seal, known = text.rpartition(_SEAL)
+    return bool(seal) and digest(content) == known.strip()
 
 
 def read_plan(path: Path) -> Plan:
     """Read a plan; its branches become absolute paths. Raises SpecError with one sentence if it is wrong."""
     try:
-        plan = Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise SpecError(f"{path}: there is no such plan") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        plan = Plan.model_validate(read_yaml(path, "plan"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where, what = first_problem(error)
         raise SpecError(
-            f"{path}: {where or 'plan'}: {first['msg']}; a plan has tasks, each with branch, tap, layers and folded"
+            f"{path}: {where or 'plan'}: {what}; a plan has tasks, each with branch, tap, layers and folded"
         ) from error
     home = path.resolve().parent
     return Plan(

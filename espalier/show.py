@@ -119,8 +119,7 @@ def selection(
     columns = ("task", "metric", "dev score", "tap", "layers", "folded", "branch")
     table = Table(*columns, title=str(out), title_justify="left")
     for c in plan.chosen:
-        score = f"{c.score:.1f}" if c.spread is None else f"{c.score:.1f} ± {c.spread:.1f}"
-        table.add_row(c.task, c.metric, score, str(c.tap), str(c.layers), str(c.folded), escape(str(c.best)))
+        table.add_row(c.task, c.metric, c.score_text, str(c.tap), str(c.layers), str(c.folded), escape(str(c.best)))
     output.print(table)
     whole = depth * len(plan.chosen)
     table = Table("", "mean score", "layers", "of all", "with folding", "of all", "ms per text")
@@ -158,7 +157,7 @@ def tasks(heads: Sequence[HeadInfo]) -> None:
             head.kind if head.structure is Structure.SOFTMAX else f"{head.kind} ({head.structure})",
             "pair" if head.pair else "one",
             str(head.tap),
-            str(head.layers),
+            f"{head.layers} ({head.folded} folded)" if head.folded > 1 else str(head.layers),
             f"{head.metric} {head.score:.3f}",
             head.fingerprint[:8],
         )

@@ -204,19 +204,24 @@ class TaskSpec(_Strict):
         return len(self.text) == 2
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """Return the content of a YAML file, in messages called `what`; raise SpecError if it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpecError(f"{path}: there is no such {what}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def load_spec(path: Path, data: Path | None = None) -> TaskSpec:
     """Read a task spec and make its data paths absolute: they are relative to `data`, or to the spec file itself.
 
     Raises SpecError with one sentence if the spec is wrong.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SpecError(f"{path}: there is no such spec file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "spec file")
     if not isinstance(content, dict):
         raise SpecError(f"{path}: a spec is a mapping with name, kind, text, label, metric and data")
     try:

@@ -13,27 +13,29 @@ import onnxruntime
 
 from espalier.branch import Branch
 from espalier.contract import BELOW, Kind, Target
-from espalier.costs import Costs
+from espalier.costs import Costs, HeadShape
+from espalier.crf import CRF
 from espalier.encoder import Base
 from export.check import Batch, feed, ragged_batch
 from export.models import head_model, segment_model
+from export.viterbi import word_table
 
 BATCH = 8
 BATCHES = 4
 ROUNDS = 15
-LABELS = 3
+PLAIN = HeadShape(Kind.CLASSIFICATION, layers=1, folded=1, outputs=2)
 
-Model = tuple[str, Kind | None, int, int]
-"""A trunk up to a tap ("trunk"), one layer alone ("layer"), or a head: its kind, its layers, and the folded ones."""
+Model = HeadShape | int | None
+"""A head, a trunk up to a tap, or one layer alone (None)."""
 
 
 def measure(
     base: Base,
     taps: Iterable[int],
-    heads: Iterable[tuple[Kind, int, int]],
+    heads: Iterable[HeadShape],
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Costs:
-    """Time trunks up to `taps` and heads (kind, layers, folded ones) on ragged batches of mixed lengths.
+    """Time trunks up to `taps` and heads on ragged batches of mixed lengths.
 
     Lengths are log-normal, 5 to 128 tokens, about 23 in the mean: short questions with a tail of longer texts.
     `report` is told the rounds done, and all rounds.
@@ -48,14 +50,14 @@ def measure(
     ]
     hidden = [rng.normal(size=int(row.sum()) * config.hidden_size).astype(np.float32) for row in lengths]
 
-    sessions: dict[Model, onnxruntime.InferenceSession] = {
-        ("layer", None, 1, 0): _session(segment_model(encoder, 1, 2, Target.CPU))
-    }
+    sessions: dict[Model, onnxruntime.InferenceSession] = {None: _session(segment_model(encoder, 1, 2, Target.CPU))}
     for tap in sorted(set(taps)):
-        sessions["trunk", None, tap, 0] = _session(segment_model(encoder, 0, tap, Target.CPU))
-    for kind, layers, folded in sorted(set(heads) | {(Kind.CLASSIFICATION, 1, 1)}):
-        branch = Branch(config, kind, layers, 1 if kind is Kind.REGRESSION else LABELS, folded=folded)
-        sessions["head", kind, layers, folded] = _session(head_model(branch, "task", Target.CPU))
+        sessions[tap] = _session(segment_model(encoder, 0, tap, Target.CPU))
+    for head in sorted({*heads, PLAIN}):
+        crf = CRF(head.crf) if head.crf else None
+        branch = Branch(config, head.kind, head.layers, head.outputs, crf, head.folded)
+        words = word_table(base.tokenizer, config.vocab_size) if head.crf else None
+        sessions[head] = _session(head_model(branch, "task", Target.CPU, words))
 
     times: dict[Model, list[float]] = {model: [] for model in sessions}
     for number in range(-1, ROUNDS):  # the first round warms up
@@ -68,9 +70,9 @@ def measure(
         report(number + 2, ROUNDS + 1)
     taken = {model: median(values) for model, values in times.items()}
     return Costs(
-        trunk={tap: value for (what, _, tap, _), value in taken.items() if what == "trunk"},
-        heads={(kind, layers, folded): value for (_, kind, layers, folded), value in taken.items() if kind is not None},
-        folded=taken["head", Kind.CLASSIFICATION, 1, 1] / taken["layer", None, 1, 0],
+        trunk={model: value for model, value in taken.items() if isinstance(model, int)},
+        heads={model: value for model, value in taken.items() if isinstance(model, HeadShape)},
+        folded=taken[PLAIN] / taken[None],
         mean_length=fmean(lengths.ravel().tolist()),
         batch=BATCH,
     )
@@ -87,7 +89,9 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
 def _inputs(
     model: Model, batch: Batch, hidden: "np.typing.NDArray[np.float32]"
 ) -> "dict[str, np.typing.NDArray[np.generic]]":
-    what = model[0]
-    if what == "trunk":
+    if isinstance(model, int):
         return feed(batch, {"input_ids": batch.flat_ids, "token_type_ids": batch.flat_types}, item_dims=1)
-    return feed(batch, {BELOW if what == "layer" else "hidden": hidden}, item_dims=2)
+    inputs = {BELOW if model is None else "hidden": hidden}
+    if model is not None and model.crf:
+        inputs["input_ids"] = batch.flat_ids
+    return feed(batch, inputs, item_dims=2)

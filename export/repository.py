@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from espalier.branch import Branch, BranchCard, check_trunk, load_branch
+from espalier.branch import Branch, BranchCard, check_trunk, load_branch, other_base
 from espalier.configs import ensemble_config, head_config, read_config, render, tokenizer_config, trunk_config
 from espalier.contract import (
     CONFIG_FILE,
@@ -73,11 +73,8 @@ def export(
             raise ExportError(f"{path}: task {card.spec.name!r} is given twice")
     first = cards[0]
     for path, _, card in loaded:
-        if (card.base, card.revision) != (first.base, first.revision):
-            raise FingerprintError(
-                f"{path} was trained on {card.base!r} ({card.revision}), {branches[0]} on {first.base!r} "
-                f"({first.revision}); one repository has one trunk"
-            )
+        if difference := other_base(path, card, branches[0], first):
+            raise FingerprintError(f"{difference}; one repository has one trunk")
     found = load(base, None) if base else load(first.base, first.revision)
     for path, _, card in loaded:
         check_trunk(card, found, str(path))
@@ -191,6 +188,7 @@ class _Export:
             structure=card.spec.structure,
             tap=card.tap,
             layers=card.layers,
+            folded=card.folded,
             hidden_size=self.base.config.hidden_size,
             labels=card.labels,
             pair=card.spec.pair,

@@ -76,7 +76,7 @@ def card_for(base: Base, branch: Branch, spec_file: Path, tap: int, labels: tupl
         spec=spec, labels=labels, base=base.name, revision=base.revision, fingerprint=base.fingerprint(tap), tap=tap,
         layers=len(branch.layers), folded=branch.folded, encoder=asdict(base.config), metrics={spec.metric: 0.5},
         history=[],
-        arguments={"seed": 0}, cached=False, teacher=None, inputs="none", versions={}, weights="",
+        arguments={"seed": 0}, cached=False, teacher=None, inputs="none", versions={}, threads=1, weights="",
     )  # fmt: skip
 
 

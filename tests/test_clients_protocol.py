@@ -24,6 +24,7 @@ def head(task: str, kind: Kind, labels: Sequence[str] = (), structure: Structure
         structure=structure,
         tap=1,
         layers=1,
+        folded=1,
         hidden_size=4,
         labels=tuple(labels),
         pair=False,

@@ -46,8 +46,9 @@ def segment(start: int, stop: int, target: Target = Target.CPU) -> TrunkInfo:
 def head(task: str, kind: Kind = Kind.CLASSIFICATION, tap: int = 3, **changes: Any) -> HeadInfo:
     labels = () if kind is Kind.REGRESSION else ("no", 'say "yes"', "jā: 1/2")
     values: dict[str, Any] = {
-        "task": task, "kind": kind, "tap": tap, "layers": 1, "hidden_size": 8, "labels": labels, "pair": False,
-        "fingerprint": PRINTS[tap], "branch_digest": "d" * 64, "metric": "accuracy", "score": 0.875,
+        "task": task, "kind": kind, "tap": tap, "layers": 1, "folded": int(kind is not Kind.TAGGING), "hidden_size": 8,
+        "labels": labels, "pair": False, "fingerprint": PRINTS[tap], "branch_digest": "d" * 64, "metric": "accuracy",
+        "score": 0.875,
     }  # fmt: skip
     return HeadInfo(**{**values, **changes})
 

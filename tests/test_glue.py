@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_and_reports_all_tasks_as_served(
 
 
 def test_every_teacher_comes_before_its_students(base: Base) -> None:
-    settings = Settings(Arguments(), 2, (2, 4), (1, 2, 3), {"cola": 10}, 10.0)
+    settings = Settings(Arguments(), 2, (2, 4), {"cola": 10}, 10.0)
     steps = plan(base, settings, TASKS, Path("runs"))
     done: set[Path] = set()
     for step in steps:
@@ -121,7 +121,7 @@ def test_every_teacher_comes_before_its_students(base: Base) -> None:
 @pytest.mark.parametrize("taps", [(0,), (6,)])
 def test_a_tap_outside_the_base_is_refused(taps: tuple[int, ...], base: Base) -> None:
     with pytest.raises(SpecError, match="leaves no task layers"):
-        plan(base, Settings(Arguments(), 1, taps, (1,), {}, 10.0), TASKS, Path("runs"))
+        plan(base, Settings(Arguments(), 1, taps, {}, 10.0), TASKS, Path("runs"))
 
 
 def test_the_hub_has_columns_of_its_own() -> None:

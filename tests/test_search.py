@@ -152,6 +152,16 @@ def test_finished_trials_are_not_run_again(spec: TaskSpec, tiny: Base, tmp_path:
     assert [row.n for row in wider.rows] == [3, 3]
 
 
+def test_a_grid_can_grow_and_keeps_what_was_best(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    first, _ = run(spec, tiny, tmp_path / "out")
+    best = {row.layers: load_branch(tmp_path / "out" / f"l{row.layers}")[1].weights for row in first.rows}
+    grown, heard = run(spec, tiny, tmp_path / "out", grid((1, 2), (1e-9,), seeds=1))
+    assert heard.ran == {"l1-lr1e-09-s0", "l2-lr1e-09-s0"}
+    assert [row for row in grown.rows if row.learning_rate != 1e-9] == first.rows
+    for layers, weights in best.items():
+        assert load_branch(tmp_path / "out" / f"l{layers}")[1].weights == weights
+
+
 def test_a_stopped_search_goes_on_to_the_same_end(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
     run(spec, tiny, tmp_path / "whole")
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espalier.contract import Kind
-from espalier.costs import Costs, executed
+from espalier.costs import Costs, HeadShape
 from espalier.encoder import Base
 from espalier.errors import BranchError, ExportError, SpecError
 from espalier.plan import read_plan
@@ -24,15 +24,14 @@ from training.selection import Candidate, Selection, find_candidates, front, sel
 
 COSTS = Costs(
     trunk={1: 1.0, 2: 2.0, 3: 3.0},
-    heads={(Kind.CLASSIFICATION, layers, 1): layers - 0.9 for layers in (1, 2, 3)},
+    heads={HeadShape(Kind.CLASSIFICATION, layers, 1, 2): layers - 0.9 for layers in (1, 2, 3)},
     folded=0.1, mean_length=20, batch=8,
 )  # fmt: skip
 
 
 def candidate(task: str, tap: int, layers: int, *scores: float) -> Candidate:
-    return Candidate(
-        task, Kind.CLASSIFICATION, "accuracy", tap, layers, 1, True, scores, Path(f"{task}-{tap}-{layers}")
-    )
+    shape = HeadShape(Kind.CLASSIFICATION, layers, 1, 2)
+    return Candidate(task, "accuracy", tap, shape, True, scores, Path(f"{task}-{tap}-{layers}"))
 
 
 @st.composite
@@ -81,7 +80,7 @@ def test_the_trunk_is_shared_so_one_task_that_needs_it_deep_may_not_get_it() -> 
 def test_a_folded_layer_may_be_counted_as_what_it_costs() -> None:
     options = [candidate("a", 3, 1, 80.0), candidate("a", 1, 2, 80.5)]
     assert select(options, 0.5).layers == 3
-    counted = select(options, 0.5, lambda c: executed(c.layers, c.folded, 0.1))
+    counted = select(options, 0.5, lambda c: c.counted(0.1))
     assert counted.folded_layers(COSTS) == pytest.approx(2.1)
     assert counted.milliseconds(COSTS) == pytest.approx(1.0 + 1.1)
 
@@ -157,6 +156,17 @@ def test_an_edited_plan_is_checked(plan: Path, task: str, field: str, value: obj
         planned_branches(plan)
 
 
+def test_an_edited_plan_is_not_written_over(plan: Path, tmp_path: Path) -> None:
+    selection = select(find_candidates([tmp_path / "branches"]), 0.5)
+    write(plan, selection, 0.25)  # as it was written: another one may take its place
+    assert "threshold of 0.25 points" in plan.read_text()
+    edited = plan.read_text().replace("folded: 1", "folded: 0")
+    plan.write_text(edited)
+    with pytest.raises(SpecError, match=r"plan\.yaml was edited, or is no plan; move it away, or give another --out"):
+        write(plan, selection, 0.5)
+    assert plan.read_text() == edited
+
+
 @pytest.mark.parametrize("content", ["tasks: {}", "[1]", "a: [", "\ttasks:"])
 def test_what_is_no_plan_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(content)
@@ -165,10 +175,12 @@ def test_what_is_no_plan_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_costs_are_measured_on_the_exported_graphs(base: Base) -> None:
-    costs = measure(base, {1, 4}, {(Kind.CLASSIFICATION, 1, 1), (Kind.CLASSIFICATION, 3, 3), (Kind.TAGGING, 2, 0)})
+    one, three = (HeadShape(Kind.CLASSIFICATION, layers, layers, 2) for layers in (1, 3))
+    softmax = HeadShape(Kind.TAGGING, 2, 0, 5)
+    crf = softmax._replace(crf=("O", "B-city", "I-city", "B-time", "I-time"))
+    costs = measure(base, {1, 4}, {one, three, softmax, crf})
     assert costs.trunk[4] > costs.trunk[1] > 0
-    assert costs.heads[Kind.TAGGING, 2, 0] > costs.heads[Kind.CLASSIFICATION, 3, 3] > 0
-    assert costs.heads[Kind.CLASSIFICATION, 3, 3] > costs.heads[Kind.CLASSIFICATION, 1, 1] > 0
+    assert costs.heads[crf] > costs.heads[softmax] > costs.heads[three] > costs.heads[one] > 0
     assert 0 < costs.folded < 0.8, "a folded layer costs less than a full one"
 
 

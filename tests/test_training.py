@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from espalier.branch import BranchCard, Teacher, load_branch
 from espalier.contract import Kind, Structure
 from espalier.crf import CRF
-from espalier.encoder import Base
+from espalier.encoder import Base, Encoder
 from espalier.errors import BranchError, DataError, FingerprintError, SpecError, TrainingError
 from espalier.spec import TaskSpec, load_spec
 from espalier.tagging import Scheme
@@ -156,6 +157,31 @@ def test_a_seed_gives_the_same_branch_twice(spec: TaskSpec, tiny: Base, tmp_path
 
     assert weights(3, "first") == weights(3, "second")
     assert weights(3, "first") != weights(4, "other")
+
+
+def test_bfloat16_is_for_training_alone(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    exact, _ = train(spec, tiny, 1, 2, QUICK, tmp_path / "exact", silent)
+    rounded, trained = train(spec, tiny, 1, 2, replace(QUICK, bf16=True), tmp_path / "rounded", silent)
+    assert trained
+    assert rounded.weights != exact.weights
+    assert rounded.inputs != exact.inputs
+    branch, _ = load_branch(tmp_path / "rounded")
+    assert {weight.dtype for weight in branch.parameters()} == {torch.float32}
+    data = load_data(spec)
+    batch = collate(featurize(spec.kind, data.labels, tiny.tokenizer, tiny.max_length, data.dev))
+    with torch.no_grad():
+        hidden = tiny.encoder(batch["input_ids"], batch["token_type_ids"], batch["mask"], tap=1)
+        loss = hard_loss(spec.kind, branch(hidden, batch["mask"]), batch["labels"])
+    best = max(rounded.history, key=lambda entry: entry[spec.metric])
+    assert best["loss"] == pytest.approx(loss.item(), rel=1e-5), "dev was not scored in FP32"
+
+
+def test_other_dropout_rates_make_another_branch(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    train(spec, tiny, 1, 2, QUICK, tmp_path / "branch", silent)
+    still = replace(tiny.encoder.config, hidden_dropout_prob=0.0)
+    encoder = Encoder(still)
+    encoder.load_state_dict(tiny.encoder.state_dict())
+    assert train(spec, replace(tiny, encoder=encoder.eval()), 1, 2, QUICK, tmp_path / "branch", silent)[1]
 
 
 def stop_after(epoch: int) -> Any:

@@ -140,10 +140,9 @@ def _doubts(
                 "trained: dev or the code changed since."
             )
             break
-    start = card.teacher.start if card.teacher else base.fingerprint(card.tap + card.layers)
     there = replace(base, name=card.base, revision=card.revision)  # it may have moved
     if (
-        inputs_digest(spec, data, there, start, card.tap, card.layers, card.folded, arguments, card.cached)
+        inputs_digest(spec, data, there, card.tap, card.layers, card.folded, arguments, card.cached, card.teacher)
         != card.inputs
     ):
         doubts.append("Data, spec, base or recipe changed since the branch was trained: the commands make another one.")

@@ -307,6 +307,7 @@ def _recipe(evidence: Evidence) -> str:
     missing = f"{escape(recipe.missing)}\n\n" if recipe.missing else ""
     commands = code("\n".join(recipe.commands), "console")
     return (
-        f"## How it was made\n\n{missing}From within this folder, bit for bit on the same machine and versions:\n\n"
+        f"## How it was made\n\n{missing}From within this folder, bit for bit on the same machine and versions with "
+        f"`OMP_NUM_THREADS={card.threads}`:\n\n"
         f"{commands}\nArguments: {escape(arguments)}.\n\nVersions: {escape(versions)}.\n"
     )

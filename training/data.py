@@ -40,6 +40,10 @@ class TaskData:
     dev: list[Example]
     labels: tuple[str, ...]
 
+    def sampled(self, max_train: int | None, max_dev: int | None) -> "TaskData":
+        """Return the same labels with a sample of at most so many rows of each split."""
+        return TaskData(sample(self.train, max_train), sample(self.dev, max_dev), self.labels)
+
     def digest(self) -> str:
         """Return the sha256 of the content: equal data, equal digest, wherever it lies."""
         rows = (repr(example) for split in (self.train, self.dev) for example in split)
@@ -56,7 +60,7 @@ def load_data(spec: TaskSpec, max_train: int | None = None, max_dev: int | None 
     check_ignored(spec, labels)
     if spec.structure is Structure.CRF:
         _check_scheme(spec, train, labels)
-    return TaskData(sample(train, max_train), sample(dev, max_dev), labels)
+    return TaskData(train, dev, labels).sampled(max_train, max_dev)
 
 
 def sample(examples: list[Example], size: int | None) -> list[Example]:

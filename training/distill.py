@@ -10,22 +10,23 @@ CRF, too; its soft loss compares the emissions, word by word, its hard loss is t
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 
 from espalier.branch import BranchCard, Teacher, check_place, check_trunk, foldable, load_branch
-from espalier.contract import Kind, Structure
-from espalier.crf import CRF
+from espalier.contract import Kind
+from espalier.crf import crf_for
 from espalier.encoder import Base
 from espalier.errors import BranchError, DataError, SpecError
 from espalier.spec import TaskSpec
 from training.activations import ActivationCache
 from training.data import TaskData, load_data
-from training.features import IGNORED, featurize
+from training.features import IGNORED
 from training.finetune import hard_loss, inputs_digest, new_branch
-from training.fit import Output, attach_activations, fit, up_to_date, workshop
+from training.fit import Output, fit, up_to_date, workshop
 from training.predict import outputs_of
 from training.trainer import Arguments, Progress, Report
 
@@ -89,14 +90,14 @@ def distill(
             f"task {spec.name}: train has the labels {list(data.labels)}, the teacher {list(card.labels)}; "
             "train the teacher again"
         )
-    told = Teacher(digest=card.digest, folder=teacher_path.resolve(), init=init, cls_weight=cls_weight)
-    inputs = inputs_digest(spec, data, base, told.start, card.tap, layers, folded, arguments, cache is not None)
+    source = Teacher(digest=card.digest, folder=teacher_path.resolve(), init=init, cls_weight=cls_weight)
+    inputs = inputs_digest(spec, data, base, card.tap, layers, folded, arguments, cache is not None, source)
     if student_card := up_to_date(out, inputs):
         return student_card, False
 
     check_place(out)
     set_seed(arguments.seed)
-    crf = CRF(card.labels) if spec.structure is Structure.CRF else None
+    crf = crf_for(spec.structure, card.labels)
     student = new_branch(base, spec.kind, card.tap, layers, len(card.labels), crf, folded)
     if init is Init.TEACHER:
         student.layers.load_state_dict(teacher.layers[:layers].state_dict())
@@ -112,16 +113,14 @@ def distill(
                 total = total + cls_weight * F.mse_loss(output.states, target.states)
         return total
 
-    features = featurize(spec.kind, data.labels, base.tokenizer, base.max_length, data.train)
+    def targets(features: list[dict[str, Any]]) -> list[Output]:
+        return outputs_of(
+            teacher, base, card.tap, features, arguments.batch_size, with_states=cls_weight > 0,
+            report=lambda done, total: report(Progress(done, total, 0, stage="teacher")),
+        )  # fmt: skip
+
     with workshop(out, inputs) as work:
-        if cache is not None:
-            attach_activations(cache, base, card.tap, [features], report)
         return fit(
             spec=spec, data=data, base=base, tap=card.tap, branch=student, arguments=arguments, inputs=inputs,
-            work=work, out=out, report=report, loss=loss, cache=cache,
-            teacher=told,
-            targets=outputs_of(
-                teacher, base, card.tap, features, arguments.batch_size, with_states=cls_weight > 0,
-                report=lambda done, total: report(Progress(done, total, 0, stage="teacher")),
-            ),
+            work=work, out=out, report=report, loss=loss, cache=cache, teacher=source, targets=targets,
         ), True  # fmt: skip

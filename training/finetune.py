@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import set_seed
 
-from espalier.branch import Branch, BranchCard, check_place
-from espalier.contract import Kind, Structure
-from espalier.crf import CRF
+from espalier.branch import Branch, BranchCard, Teacher, check_place, foldable
+from espalier.contract import Kind
+from espalier.crf import CRF, crf_for
 from espalier.encoder import Base
 from espalier.errors import SpecError
 from espalier.files import digest
@@ -20,7 +20,7 @@ from training.features import IGNORED
 from training.fit import Output, fit, up_to_date, workshop
 from training.trainer import Arguments, Report
 
-RECIPE = "3"
+RECIPE = "4"
 """Changes whenever the same inputs would train another branch, so that no branch of an older recipe is reused."""
 
 
@@ -43,15 +43,15 @@ def train(
         raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
     out = out.resolve()
     data = data or load_data(spec, arguments.max_train, arguments.max_dev)
-    set_seed(arguments.seed)
-    crf = CRF(data.labels) if spec.structure is Structure.CRF else None
-    branch = new_branch(base, spec.kind, tap, layers, len(data.labels), crf, folded)
-    start = base.fingerprint(tap + layers)
-    inputs = inputs_digest(spec, data, base, start, tap, layers, branch.folded, arguments, cache is not None)
+    folded = foldable(spec.kind, layers)[0] if folded is None else folded
+    inputs = inputs_digest(spec, data, base, tap, layers, folded, arguments, cache is not None)
     if card := up_to_date(out, inputs):
         return card, False
 
     check_place(out)
+    set_seed(arguments.seed)
+    crf = crf_for(spec.structure, data.labels)
+    branch = new_branch(base, spec.kind, tap, layers, len(data.labels), crf, folded)
 
     def loss(output: Output, labels: Tensor, target: Output | None) -> Tensor:
         return hard_loss(spec.kind, output.logits, labels, crf)
@@ -76,19 +76,20 @@ def new_branch(
 
 
 def inputs_digest(
-    spec: TaskSpec, data: TaskData, base: Base, start: str, tap: int, layers: int, folded: int,
-    arguments: Arguments, cached: bool,
+    spec: TaskSpec, data: TaskData, base: Base, tap: int, layers: int, folded: int, arguments: Arguments,
+    cached: bool, teacher: Teacher | None = None,
 ) -> str:  # fmt: skip
-    """Return the digest of all that a training depends on; `start` is the identity of the initial weights.
+    """Return the digest of all that a training depends on.
 
-    The base's name counts, too: it goes into the card, and export loads the base by it. So does whether
-    activations are cached: that rounds them to FP16.
+    Of the base, the layers that the branch starts from count and those below, its dropout rates, and its name: that
+    goes into the card, and export loads the base by it. Whether activations are cached counts: that rounds them.
     """
     plain = spec.model_dump_json(exclude={"data"}, exclude_defaults=True)
-    asked = sorted((name, value) for name, value in asdict(arguments).items() if value is not None)
-    shape = [tap, layers] if folded <= 1 else [tap, layers, folded]
-    numbers = repr([*shape, cached, asked])
-    return digest(RECIPE, plain, data.digest(), base.name, base.revision, start, numbers)
+    rates = [base.config.hidden_dropout_prob, base.config.attention_probs_dropout_prob]
+    numbers = repr([tap, layers, folded, cached, rates, sorted(asdict(arguments).items())])
+    start = "" if teacher is None else teacher.start
+    weights = base.fingerprint(tap + layers)
+    return digest(RECIPE, plain, data.digest(), base.name, base.revision, weights, start, numbers)
 
 
 def hard_loss(kind: Kind, logits: Tensor, labels: Tensor, crf: CRF | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from espalier.spec import TaskSpec
 from training.activations import ActivationCache, accelerated
 from training.data import TaskData
 from training.features import featurize
-from training.metrics import decode, gold, score
+from training.metrics import dev_metrics
 from training.trainer import Arguments, Optimizer, Progress, Report
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "espalier")
@@ -39,6 +39,8 @@ class Output:
 
 Loss = Callable[[Output, Tensor, Output | None], Tensor]
 """Loss of (the branch's output, labels, the teacher's output); dev batches have no teacher's."""
+Targets = Callable[[list[dict[str, Any]]], list[Output]]
+"""The teacher's output for the features of train, activations attached if there is a cache."""
 
 
 def up_to_date(out: Path, inputs: str) -> BranchCard | None:
@@ -96,13 +98,13 @@ class _Model(nn.Module):
         states = self.branch.states(hidden, mask)
         logits = self.branch.read(states)
         target = None if teacher_logits is None else Output(teacher_logits, teacher_states)
-        loss = self._loss(Output(logits, states), labels, target)
+        loss = self._loss(Output(logits.float(), states.float()), labels, target)
         return {"loss": loss, "logits": logits if self.training else self.branch.decoded(logits, mask, words)}
 
 
 def fit(
     *, spec: TaskSpec, data: TaskData, base: Base, tap: int, branch: Branch, arguments: Arguments, inputs: str,
-    work: Path, out: Path, report: Report, loss: Loss, targets: list[Output] | None = None,
+    work: Path, out: Path, report: Report, loss: Loss, targets: Targets | None = None,
     teacher: Teacher | None = None, cache: ActivationCache | None = None,
 ) -> BranchCard:  # fmt: skip
     """Train `branch` on `data`, keep its best epoch by the dev metric, and write the branch folder `out`.
@@ -114,20 +116,17 @@ def fit(
         name: featurize(spec.kind, data.labels, base.tokenizer, base.max_length, examples)
         for name, examples in (("train", data.train), ("dev", data.dev))
     }
+    exact = [dict(feature) for feature in splits["dev"]]  # without activations, as served
+    if cache is not None:
+        _attach_activations(cache, base, tap, splits.values(), report)
     if targets is not None:
-        for feature, target in zip(splits["train"], targets, strict=True):
+        for feature, target in zip(splits["train"], targets(splits["train"]), strict=True):
             feature["teacher_logits"] = target.logits
             if target.states is not None:
                 feature["teacher_states"] = target.states
-    exact = [dict(feature) for feature in splits["dev"]]  # without activations, as served
-    if cache is not None:
-        attach_activations(cache, base, tap, splits.values(), report)
     fingerprint = base.fingerprint(tap)
 
-    def metrics(predictions: Any) -> dict[str, float]:
-        answers = decode(spec.kind, data.labels, predictions, splits["dev"], spec.structure)
-        return score(spec.kind, gold(data.dev), answers, spec.positive, spec.ignore)
-
+    metrics = dev_metrics(spec, data, splits["dev"])
     optimizer = Optimizer(
         _Model(base, tap, branch, loss), splits["train"], splits["dev"], metrics, spec.metric, arguments, work, report
     )
@@ -155,12 +154,13 @@ def fit(
             teacher=teacher,
             inputs=inputs,
             versions={name: version(name) for name in LIBRARIES},
+            threads=torch.get_num_threads(),
             weights="",
         ),
     )
 
 
-def attach_activations(
+def _attach_activations(
     cache: ActivationCache, base: Base, tap: int, splits: Iterable[list[dict[str, Any]]], report: Report
 ) -> None:
     """Attach the trunk's activations to the features of each split, computing what the cache does not have."""

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from espalier.branch import Branch
-from espalier.contract import Structure
-from espalier.crf import CRF
+from espalier.crf import crf_for
 from espalier.encoder import Base
 from espalier.files import write_whole
 from espalier.spec import TaskSpec
 from training.activations import accelerated
-from training.data import load_data
+from training.data import TaskData, load_data
 from training.features import featurize
 from training.finetune import hard_loss, inputs_digest, new_branch
 from training.fit import LIBRARIES, workshop
-from training.metrics import decode, gold, score
+from training.metrics import dev_metrics
 from training.trainer import Arguments, Optimizer, Report
 
 
@@ -62,20 +61,23 @@ class _Whole(nn.Module):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor, labels: Tensor, words: Tensor | None = None
     ) -> dict[str, Tensor]:
-        logits = self.top(self.encoder(input_ids, token_type_ids, mask), mask)
+        logits = self.top(self.encoder(input_ids, token_type_ids, mask), mask).float()
         loss = hard_loss(self.top.kind, logits, labels, self.top.crf)
         return {"loss": loss, "logits": logits if self.training else self.top.decoded(logits, mask, words)}
 
 
-def train_fully(spec: TaskSpec, base: Base, arguments: Arguments, out: Path, report: Report) -> tuple[FullCard, bool]:
+def train_fully(
+    spec: TaskSpec, base: Base, arguments: Arguments, out: Path, report: Report, data: TaskData | None = None
+) -> tuple[FullCard, bool]:
     """Fine-tune all of `base`, embeddings included, on `spec` and write the card, a JSON file, to `out`.
 
-    Returns the card, and whether it was trained now (False: `out` was up to date).
+    `data` is what `load_data` gives for the spec and the arguments, if the caller has it. Returns the card, and whether
+    it was trained now (False: `out` was up to date).
     """
     out = out.resolve()
-    data = load_data(spec, arguments.max_train, arguments.max_dev)
+    data = data or load_data(spec, arguments.max_train, arguments.max_dev)
     depth = base.config.num_hidden_layers
-    inputs = inputs_digest(spec, data, base, base.fingerprint(depth), 0, depth, 0, arguments, cached=False)
+    inputs = inputs_digest(spec, data, base, 0, depth, 0, arguments, cached=False)
     try:
         if (card := FullCard.model_validate_json(out.read_bytes())).inputs == inputs:
             return card, False
@@ -83,16 +85,12 @@ def train_fully(spec: TaskSpec, base: Base, arguments: Arguments, out: Path, rep
         pass  # not made yet, or by another version
 
     set_seed(arguments.seed)
-    crf = CRF(data.labels) if spec.structure is Structure.CRF else None
+    crf = crf_for(spec.structure, data.labels)
     whole = _Whole(base, new_branch(base, spec.kind, depth - 1, 1, len(data.labels), crf))
     train, dev = (
         featurize(spec.kind, data.labels, base.tokenizer, base.max_length, rows) for rows in (data.train, data.dev)
     )
-
-    def metrics(predictions: Any) -> dict[str, float]:
-        answers = decode(spec.kind, data.labels, predictions, dev, spec.structure)
-        return score(spec.kind, gold(data.dev), answers, spec.positive, spec.ignore)
-
+    metrics = dev_metrics(spec, data, dev)
     with workshop(out, inputs) as work, accelerated(whole):
         run = Optimizer(whole, train, dev, metrics, spec.metric, arguments, work, report).run()
         card = FullCard(

@@ -13,6 +13,7 @@ from espalier.encoder import Base
 from espalier.errors import SpecError
 from espalier.spec import HubData, TaskSpec, load_spec
 from training.activations import ActivationCache
+from training.data import TaskData
 from training.distill import distill
 from training.finetune import train
 from training.full import FullCard, train_fully
@@ -20,6 +21,9 @@ from training.trainer import Arguments, Report
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 SPECS = Path(__file__).resolve().parent / "specs"
+
+STUDENTS = (1, 2, 3)
+"""Layers to distil to, as in the paper, where the teacher has more."""
 
 _HUB_COLUMNS = {
     "cola": ("sentence",),
@@ -48,7 +52,6 @@ class Settings:
     arguments: Arguments  # the seed aside
     seeds: int
     taps: tuple[int, ...]
-    students: tuple[int, ...]  # layers to distil to, where the teacher has more
     max_train: Mapping[str, int]  # rows by task, where they differ from the arguments'
     cls_weight: float  # for students that keep the teacher's layers, but fold them
 
@@ -99,7 +102,7 @@ def _steps(depth: int, settings: Settings, task: str, seed: int, out: Path) -> I
         layers = depth - tap
         teacher = home / f"tap{tap}-s{seed}"
         yield Step(task, seed, tap, layers, 1, None, teacher)
-        for student in settings.students:
+        for student in STUDENTS:
             if student < layers:
                 yield Step(task, seed, tap, student, 1, teacher, home / f"tap{tap}-kd{student}-s{seed}")
         for full in (0, 1):
@@ -108,17 +111,18 @@ def _steps(depth: int, settings: Settings, task: str, seed: int, out: Path) -> I
 
 
 def take(
-    step: Step, spec: TaskSpec, base: Base, settings: Settings, cache: ActivationCache, report: Report
+    step: Step, spec: TaskSpec, data: TaskData, base: Base, settings: Settings, cache: ActivationCache, report: Report
 ) -> FullCard | BranchCard:
-    """Do `step` if it is not done, and return what it gave."""
+    """Do `step` if it is not done, and return what it gave. `data` are the rows that the settings leave of the task."""
     arguments = settings.of(step.task, step.seed)
     if step.tap is None:
         # A student's epochs come on top of its teacher's; the yardstick may train as long as both.
         longer = replace(arguments, epochs=2 * arguments.epochs)
-        return train_fully(spec, base, longer, step.out, report)[0]
+        return train_fully(spec, base, longer, step.out, report, data)[0]
     if step.teacher is None:
-        return train(spec, base, step.tap, step.layers, arguments, step.out, report, cache)[0]
+        return train(spec, base, step.tap, step.layers, arguments, step.out, report, cache, data)[0]
     weight = settings.cls_weight if step.folded > 1 else 0.0  # the others are the paper's: logits alone
     return distill(
-        step.teacher, base, step.layers, arguments, step.out, report, spec, cache, folded=step.folded, cls_weight=weight
-    )[0]
+        step.teacher, base, step.layers, arguments, step.out, report, spec, cache, data=data, folded=step.folded,
+        cls_weight=weight,
+    )[0]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -13,8 +13,9 @@ from seqeval.metrics import recall_score as slot_recall
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from espalier.contract import Kind, Structure
+from espalier.spec import TaskSpec
 from espalier.tagging import OUTSIDE, parse
-from training.data import Example
+from training.data import Example, TaskData
 
 
 def score(
@@ -55,6 +56,18 @@ def score(
                     "slot_recall": slot_recall(gold, predicted, zero_division=0),
                 }
     return {name: 0.0 if math.isnan(value) else float(value) for name, value in scores.items()}
+
+
+def dev_metrics(
+    spec: TaskSpec, data: TaskData, features: list[dict[str, Any]]
+) -> Callable[[npt.NDArray[Any]], dict[str, float]]:
+    """Return the function that scores a model's logits, or a CRF's paths, for dev, whose `features` they are."""
+
+    def metrics(predictions: npt.NDArray[Any]) -> dict[str, float]:
+        answers = decode(spec.kind, data.labels, predictions, features, spec.structure)
+        return score(spec.kind, gold(data.dev), answers, spec.positive, spec.ignore)
+
+    return metrics
 
 
 def _without(texts: Sequence[Sequence[str]], ignore: Sequence[str]) -> list[list[str]]:

@@ -149,7 +149,8 @@ def search(
 
     With a `teacher`, a branch folder, they are distillations of it; else partial fine-tunings, each with the base's
     top layers as task layers. `jobs` run at once as processes of this machine, or on the Ray cluster at `ray`.
-    `threads` is each trial's. A trial that fails with a TrainingError is reported and keeps no other from running.
+    `threads` is each trial's. What an earlier search with another grid finished in `out`, all else being equal, is
+    taken up: a grid can grow. A trial that fails with a TrainingError is reported and keeps no other from running.
 
     Raises SpecError if a trial does not fit the base or the teacher, SearchError if the search cannot go on; what is
     finished then stays so.
@@ -223,11 +224,11 @@ class _Search:
         self._shared = shared
         self._base = base
         self._teacher = teacher
-        self._trials = list(trials)
         self._out = out
         self._report = report
         self._inputs = {trial: self._inputs_of(trial) for trial in trials}
         self._finished = {trial: found for trial in trials if (found := self._recorded(trial)) is not None}
+        self._trials = [*trials, *self._earlier()]
         self._failed: dict[Trial, TrainingError] = {}
 
     def run(self, jobs: int | None, ray: str | None) -> Result:
@@ -256,21 +257,20 @@ class _Search:
     def _inputs_of(self, trial: Trial) -> str:
         shared = self._shared
         arguments = replace(shared.arguments, learning_rate=trial.learning_rate, seed=trial.seed)
-        if self._teacher is None or trial.init is None:
-            start = shared.fingerprint
-        else:
+        teacher = None
+        if self._teacher is not None and trial.init is not None:
             folder = shared.teacher or Path()
-            start = Teacher(digest=self._teacher.digest, folder=folder, init=trial.init, cls_weight=0.0).start
+            teacher = Teacher(digest=self._teacher.digest, folder=folder, init=trial.init, cls_weight=0.0)
         return inputs_digest(
             shared.spec,
             shared.data,
             self._base,
-            start,
             self._tap(trial),
             trial.layers,
             foldable(shared.spec.kind, trial.layers)[0],
             arguments,
             shared.cache is not None,
+            teacher,
         )
 
     def _run(self, todo: Sequence[Trial], crew: Workers, clock: "_Clock") -> None:
@@ -333,12 +333,24 @@ class _Search:
     def _file(self, trial: Trial) -> Path:
         return self._out / "trials" / f"{trial.name}.json"
 
+    def _earlier(self) -> list[Trial]:
+        """Take up what an earlier search with another grid finished here, of the same task, data and settings."""
+        depth = self._base.config.num_hidden_layers if self._teacher is None else self._teacher.layers
+        earlier = []
+        for file in sorted((self._out / "trials").glob("*.json")):
+            finished = _read(file)
+            if finished is None or (trial := finished.trial) in self._inputs:
+                continue
+            if 1 <= trial.layers < depth and (trial.init is None) == (self._teacher is None):
+                inputs = self._inputs_of(trial)
+                if finished.inputs == inputs:
+                    self._inputs[trial], self._finished[trial] = inputs, finished
+                    earlier.append(trial)
+        return earlier
+
     def _recorded(self, trial: Trial) -> Finished | None:
-        try:
-            finished = Finished.model_validate_json(self._file(trial).read_bytes())
-        except (OSError, ValidationError):
-            return None
-        return finished if finished.inputs == self._inputs[trial] else None
+        finished = _read(self._file(trial))
+        return finished if finished and finished.inputs == self._inputs[trial] else None
 
 
 class _Clock:
@@ -385,17 +397,21 @@ class _Clock:
         )
 
 
+def _read(file: Path) -> Finished | None:
+    """Return a trial's record; None if there is none, or a damaged one."""
+    try:
+        return Finished.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
 def searched_scores(branch: Path, card: BranchCard) -> tuple[float, ...]:
     """Return the dev scores, by seed, of the trials that differ from that of `branch` by seed alone.
 
     Empty if the folder lies in no search, or is not of one of the search's finished trials.
     """
-    trials = []
-    for file in sorted((branch.resolve().parent / "trials").glob("*.json")):
-        try:
-            trials.append(Finished.model_validate_json(file.read_bytes()))
-        except (OSError, ValidationError):
-            continue  # not one of a search
+    files = sorted((branch.resolve().parent / "trials").glob("*.json"))
+    trials = [finished for file in files if (finished := _read(file)) is not None]
     own = next((finished.trial for finished in trials if finished.inputs == card.inputs), None)
     if own is None:
         return ()

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from espalier.branch import CARD_FILE, BranchCard, read_card
-from espalier.contract import Kind
-from espalier.costs import Costs, executed
+from espalier.branch import CARD_FILE, BranchCard, other_base, read_card
+from espalier.contract import Structure
+from espalier.costs import Costs, HeadShape
 from espalier.errors import BranchError, SpecError
 from espalier.plan import Plan, PlannedTask, write_plan
 from training.search import searched_scores
@@ -28,11 +28,9 @@ class Candidate:
     """A way to serve a task: branches of one tap and depth, made in the same way from different seeds."""
 
     task: str
-    kind: Kind
     metric: str
     tap: int
-    layers: int
-    folded: int  # of the layers
+    shape: HeadShape
     distilled: bool
     scores: tuple[float, ...]  # points, by seed
     best: Path  # the branch with the best dev score: the one to deploy
@@ -43,9 +41,28 @@ class Candidate:
         return fmean(self.scores)
 
     @property
+    def layers(self) -> int:
+        """Task layers."""
+        return self.shape.layers
+
+    @property
+    def folded(self) -> int:
+        """How many of its layers are folded."""
+        return self.shape.folded
+
+    def counted(self, folded: float) -> float:
+        """Return its layers, a folded one counted as the fraction `folded`."""
+        return self.layers - self.folded + self.folded * folded
+
+    @property
     def spread(self) -> float | None:
         """Standard deviation over seeds, in points; None for one seed."""
         return stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def score_text(self) -> str:
+        """Score and spread, as a person reads them."""
+        return f"{self.score:.1f}" if self.spread is None else f"{self.score:.1f} ± {self.spread:.1f}"
 
 
 @dataclass(frozen=True)
@@ -71,11 +88,11 @@ class Selection:
 
     def folded_layers(self, costs: Costs) -> float:
         """Layers executed, a folded one counted as the fraction that it was measured to cost."""
-        return self.tap + sum(executed(c.layers, c.folded, costs.folded) for c in self.chosen)
+        return self.tap + sum(candidate.counted(costs.folded) for candidate in self.chosen)
 
     def milliseconds(self, costs: Costs) -> float:
         """Measured time per text, in milliseconds: of the trunk and of every head."""
-        return costs.trunk[self.tap] + sum(costs.heads[c.kind, c.layers, c.folded] for c in self.chosen)
+        return costs.trunk[self.tap] + sum(costs.heads[c.shape] for c in self.chosen)
 
 
 def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
@@ -96,11 +113,8 @@ def find_candidates(folders: Iterable[Path]) -> list[Candidate]:
         for path in found:
             card = read_card(path)
             first = first or (path, card)
-            if (card.base, card.revision) != (first[1].base, first[1].revision):
-                raise BranchError(
-                    f"{path} was trained on {card.base!r} ({card.revision}), {first[0]} on {first[1].base!r} "
-                    f"({first[1].revision}); tasks are selected for one shared trunk"
-                )
+            if difference := other_base(path, card, *first):
+                raise BranchError(f"{difference}; tasks are selected for one shared trunk")
             recipe = sorted((name, repr(value)) for name, value in card.arguments.items() if name != "seed")
             drawn = card.teacher and (card.teacher.init, card.teacher.cls_weight)
             shape = (card.tap, card.layers, card.folded, card.spec.structure, card.labels)
@@ -122,11 +136,15 @@ def _candidate(group: Sequence[tuple[Path, BranchCard]]) -> Candidate:
     scores = [score for path, each in group for score in searched_scores(path, each) or (each.score,)]
     return Candidate(
         task=card.spec.name,
-        kind=card.spec.kind,
         metric=card.spec.metric,
         tap=card.tap,
-        layers=card.layers,
-        folded=card.folded,
+        shape=HeadShape(
+            card.spec.kind,
+            card.layers,
+            card.folded,
+            max(1, len(card.labels)),
+            card.labels if card.spec.structure is Structure.CRF else (),
+        ),
         distilled=card.teacher is not None,
         scores=tuple(100 * score for score in scores),
         best=best,
@@ -148,16 +166,10 @@ def select(
         spent = plan.tap + sum(cost(candidate) for candidate in plan.chosen)
         return sum(candidate.score for candidate in plan.chosen) - threshold * spent, -spent
 
-    plans = []
-    for reachable in _by_depth(candidates):
-        plans.append(
-            Selection(
-                tuple(
-                    max(options, key=lambda c: (c.score - threshold * cost(c), -cost(c), -c.tap))
-                    for options in reachable
-                )
-            )
-        )
+    def gain(candidate: Candidate) -> tuple[float, float, int]:
+        return candidate.score - threshold * cost(candidate), -cost(candidate), -candidate.tap
+
+    plans = [Selection(tuple(max(options, key=gain) for options in reachable)) for reachable in _by_depth(candidates)]
     return max(plans, key=worth)
 
 
@@ -204,10 +216,9 @@ def write(path: Path, plan: Selection, threshold: float) -> None:
     """Write `plan` as YAML, the best branch of each candidate in it."""
     notes = {}
     for c in plan.chosen:
-        spread = "" if c.spread is None else f" ± {c.spread:.1f}"
         seeds = "one seed" if len(c.scores) == 1 else f"{len(c.scores)} seeds"
         made = "distilled" if c.distilled else "not distilled"
-        notes[c.task] = f"{c.metric} {c.score:.1f}{spread} on dev, {seeds}, {made}"
+        notes[c.task] = f"{c.metric} {c.score_text} on dev, {seeds}, {made}"
     header = (
         f"Selected with a threshold of {threshold:g} points a layer: trunk of {plan.tap} layers, {plan.layers} layers\n"
         f"executed for {len(plan.chosen)} tasks, mean dev score {plan.score:.2f}.\n"

