@@ -87,6 +87,7 @@ def numbers(results: Results) -> dict[str, Any]:
             "epochs": arguments.epochs,
             "learning_rate": arguments.learning_rate,
             "batch_size": arguments.batch_size,
+            "bf16": arguments.bf16,
             "taps": list(results.settings.taps),
             "cls_weight": results.settings.cls_weight,
             "threshold": results.threshold,

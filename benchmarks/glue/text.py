@@ -23,11 +23,12 @@ def markdown(content: dict[str, Any]) -> str:
     mixed, folded = content["plans"]["mixed"], content["plans"]["folded"]
     whole = base["layers"] * len(content["tasks"])
     seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed, so no spread is known"
+    bf16 = "; trained in bfloat16, scored in FP32" if settings["bf16"] else ""
     return f"""# GLUE: eight tasks on one frozen trunk
 
 Made by `make glue`; the same numbers are in [`glue.json`](glue.json). Scores are in points (100 × the metric) on dev,
 ± the standard deviation over seeds. Base: `{base["name"]}` with {base["layers"]} layers; {settings["epochs"]} epochs,
-learning rate {settings["learning_rate"]:g}, batches of {settings["batch_size"]}, {seeds}.
+learning rate {settings["learning_rate"]:g}, batches of {settings["batch_size"]}, {seeds}{bf16}.
 
 | | selected | full fine-tuning | retention | layers executed | counted with folding |
 |---|---|---|---|---|---|
