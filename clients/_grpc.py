@@ -12,7 +12,7 @@ import tritonclient.grpc
 import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
-from clients._transport import arrays, infer_arguments, refused, unavailable
+from clients._transport import infer_arguments, read_reply, refused, unavailable
 from clients.deadline import Deadline
 from clients.protocol import Call, Infer, ReadConfig
 from espalier.errors import RequestError
@@ -47,7 +47,7 @@ class GrpcTransport:
             raise deadline.error() from error
         except InferenceServerException as error:
             raise _error(self._url, error, deadline) from error
-        return arrays(call, result)
+        return read_reply(call, result, result.get_response().model_version)
 
     def _start(self, call: Infer) -> concurrent.futures.Future[Any]:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -91,7 +91,7 @@ class AsyncGrpcTransport:
             raise deadline.error() from error
         except InferenceServerException as error:
             raise _error(self._url, error, deadline) from error
-        return arrays(call, result)
+        return read_reply(call, result, result.get_response().model_version)
 
     def _start(self, call: Infer) -> asyncio.Task[Any]:
         task = asyncio.create_task(self._client.infer(**infer_arguments(tritonclient.grpc, call)))

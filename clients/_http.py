@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from clients._transport import arrays, infer_arguments, refused, unavailable
+from clients._transport import infer_arguments, read_reply, refused, unavailable
 from clients.deadline import Deadline
 from clients.protocol import Call, ReadConfig
 
@@ -46,7 +46,7 @@ class AsyncHttpTransport:
             if error.status() == "503":
                 raise unavailable(self._url, error.message()) from error
             raise refused(error.message()) from error
-        return arrays(call, result)
+        return read_reply(call, result, result.get_response()["model_version"])
 
     async def close(self) -> None:
         """Close the connections."""

@@ -1,11 +1,10 @@
 """What the transports have in common."""
 
 import re
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 from clients.deadline import Deadline
-from clients.protocol import Array, Call, Infer
+from clients.protocol import Call, Infer, Reply
 from espalier.contract import ENSEMBLE, TEXT
 from espalier.errors import RequestError, UnavailableError
 
@@ -40,13 +39,13 @@ def infer_arguments(module: Any, call: Infer) -> dict[str, Any]:
     return {"model_name": ENSEMBLE, "inputs": [tensor], "outputs": outputs}
 
 
-def arrays(call: Infer, result: Any) -> Mapping[str, Array]:
-    """Return the requested outputs of tritonclient's `result` by name."""
+def read_reply(call: Infer, result: Any, generation: str) -> Reply:
+    """Return the requested outputs of tritonclient's `result`, and the ensemble's version that gave them."""
     reply = {name: result.as_numpy(name) for name in call.outputs}
     for name, array in reply.items():
         if array is None:
             raise RequestError(f"the server left out {name!r}, which was asked")
-    return reply
+    return Reply(reply, generation)
 
 
 def refused(message: str | None) -> RequestError:

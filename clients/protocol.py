@@ -4,7 +4,6 @@ A `Program` is a generator: it yields a call for a transport to make and is sent
 came instead. So the clients, sync and async, over gRPC and over HTTP, share every decision and differ in waiting.
 """
 
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,11 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clients.catalogue import Catalogue, read_catalogue, task_names
+from clients.catalogue import Catalogue, generation_of, head_models, read_catalogue
 from clients.results import Answer, Answers, Classification, Regression, Tagging
 from espalier import tagging
-from espalier.contract import ENSEMBLE, OFFSETS, HeadInfo, Kind, Structure, head_name
-from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
+from espalier.contract import ENSEMBLE, OFFSETS, HeadInfo, Kind, Structure
+from espalier.errors import DeadlineError, RequestError, UnavailableError
 
 Item = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -33,10 +32,18 @@ class ReadConfig:
 
 @dataclass(frozen=True)
 class Infer:
-    """Send `texts` (bytes, [n, 1 or 2]) to the ensemble; the reply maps each of `outputs` to its array."""
+    """Send `texts` (bytes, [n, 1 or 2]) to the ensemble for its `outputs`; the reply is a Reply."""
 
     texts: Array
     outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the ensemble answered: an array per output, and its generation."""
+
+    arrays: Mapping[str, Array]
+    generation: str
 
 
 Call = ReadConfig | Infer
@@ -44,21 +51,23 @@ T = TypeVar("T")
 Program = Generator[Call, Any, T]
 
 
-class _StaleError(Exception):
+READINGS = 5
+"""How often the catalogue is read for one request: tasks may change again between the reading and the asking."""
+
+
+class _StaleError(RequestError):
     """A reply does not fit the catalogue; the message says how."""
 
 
 class Conversation:
     """The calls behind each of the clients' methods, and the catalogue that they share.
 
-    The catalogue is read again after `max_age` seconds: a replaced head whose labels changed, but not their number,
-    shows in nothing that it answers.
+    Tasks come, go and change while the server runs. Every answer carries the ensemble's generation, so none is ever
+    read by the labels of another one: what does not fit the catalogue is asked again by a new one.
     """
 
-    def __init__(self, max_age: float = 30.0) -> None:
-        self._max_age = max_age
+    def __init__(self) -> None:
         self._catalogue: Catalogue | None = None
-        self._expires = 0.0
 
     def tasks(self) -> Program[dict[str, HeadInfo]]:
         """Read from the server what is deployed."""
@@ -66,40 +75,41 @@ class Conversation:
         return dict(catalogue.tasks)
 
     def ask_batch(self, items: Sequence[Item], tasks: Sequence[str] | None) -> Program[list[Answers]]:
-        """Ask `tasks`, or all that are deployed, about `items`.
-
-        Tasks come and go while the server runs, so what fails by an old catalogue is tried once more by a new one.
-        """
+        """Ask `tasks`, or all that are deployed but candidates, about `items`."""
         _check_tasks(tasks)
         batches = list(_batches(items))
-        if self._catalogue is not None and time.monotonic() < self._expires:
+        catalogue = self._catalogue or (yield from self._read())
+        for _ in range(READINGS):
             try:
-                return (yield from _ask(self._catalogue, batches, tasks))
+                return (yield from _ask(catalogue, batches, tasks))
             except (UnavailableError, DeadlineError):
                 raise
-            except (UnknownTaskError, _StaleError):
-                pass
             except RequestError:
-                if (yield from self._is_current(self._catalogue)):
+                if (yield from self._is_current(catalogue)):
                     raise
-        catalogue = yield from self._read()
-        try:
-            return (yield from _ask(catalogue, batches, tasks))
-        except _StaleError as error:
-            raise RequestError(str(error)) from error
+                catalogue = yield from self._read()
+        raise RequestError(f"the server's tasks changed {READINGS} times while it was asked; ask again")
 
     def _read(self) -> Program[Catalogue]:
-        ensemble = yield ReadConfig(ENSEMBLE)
-        heads = []
-        for task in task_names(ensemble):
-            heads.append((yield ReadConfig(head_name(task))))
-        self._expires = time.monotonic() + self._max_age
-        self._catalogue = read_catalogue(ensemble, heads)
-        return self._catalogue
+        for _ in range(READINGS):
+            ensemble = yield ReadConfig(ENSEMBLE)
+            try:
+                heads = []
+                for model in head_models(ensemble).values():
+                    heads.append((yield ReadConfig(model)))
+            except (UnavailableError, DeadlineError):
+                raise
+            except RequestError:
+                if (yield ReadConfig(ENSEMBLE)) == ensemble:
+                    raise
+            else:
+                self._catalogue = read_catalogue(ensemble, heads)
+                return self._catalogue
+        raise RequestError(f"the server's tasks changed {READINGS} times while they were read; ask again")
 
     def _is_current(self, catalogue: Catalogue) -> Program[bool]:
         ensemble = yield ReadConfig(ENSEMBLE)
-        return task_names(ensemble) == list(catalogue.tasks)
+        return generation_of(ensemble) == catalogue.generation
 
 
 @dataclass(frozen=True)
@@ -166,8 +176,12 @@ def _ask(catalogue: Catalogue, batches: Sequence[_Batch], tasks: Sequence[str] |
     answers: dict[int, Answers] = {}
     for batch in batches:
         for part in batch.parts(catalogue.max_batch_size):
-            reply = yield Infer(part.texts, outputs)
-            answers.update(zip(part.places, parse(part.items, infos, reply), strict=True))
+            reply: Reply = yield Infer(part.texts, outputs)
+            if reply.generation != catalogue.generation:
+                raise _StaleError(
+                    f"{ENSEMBLE} tells of generation {catalogue.generation}, but {reply.generation} answers"
+                )
+            answers.update(zip(part.places, parse(part.items, infos, reply.arrays), strict=True))
     return [answers[place] for place in sorted(answers)]
 
 

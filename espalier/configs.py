@@ -1,6 +1,6 @@
 """The protobuf configs of a model repository (Triton's model_config.proto), built as messages, never from templates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from espalier.contract import (
     BELOW,
     CONFIG_FILE,
     ENSEMBLE,
+    GENERATION,
     LABELS_FILE,
     MAX_BATCH_SIZE,
     MODEL_FILE,
@@ -105,8 +106,13 @@ def head_config(info: HeadInfo, target: Target) -> pb.ModelConfig:
     return config
 
 
-def ensemble_config(trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo]) -> pb.ModelConfig:
+def ensemble_config(
+    trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo], generation: int = 1, models: Mapping[str, str] = {}
+) -> pb.ModelConfig:
     """Config of the ensemble: TEXT [n, 1 or 2] → one output per task, and `offsets`.
+
+    `generation` is its version, which every answer carries: a client sees by it that what it knows of the tasks is
+    old. `models` gives the names by which the server knows models, where they are not those of the contract.
 
     No tensor that another step reads is an output: Triton would report a deadlock when it is not requested. Internal
     tensors start with an underscore, which no task name can.
@@ -115,8 +121,13 @@ def ensemble_config(trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo]) -> pb
     _tensor(config.input.add(), TEXT, pb.TYPE_STRING, [-1])
     _tensor(config.output.add(), OFFSETS, pb.TYPE_INT32, [-1, 2])
 
+    config.version_policy.specific.versions.append(generation)
+    config.parameters[GENERATION].string_value = str(generation)
+
     def step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> None:
-        config.ensemble_scheduling.step.add(model_name=model, model_version=-1, input_map=inputs, output_map=outputs)
+        config.ensemble_scheduling.step.add(
+            model_name=models.get(model, model), model_version=-1, input_map=inputs, output_map=outputs
+        )
 
     ids = {"input_ids": "_input_ids", "token_type_ids": "_token_type_ids", "length": "_length"}
     step(TOKENIZER, {TEXT: TEXT}, {**ids, OFFSETS: OFFSETS})
@@ -130,6 +141,14 @@ def ensemble_config(trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo]) -> pb
             inputs["input_ids"] = ids["input_ids"]
         step(head.model, inputs, {head.output: head.task})
     return config
+
+
+def ensemble_generation(config: pb.ModelConfig) -> int:
+    """Return the generation that an ensemble's config tells; raise ContractError if it tells none."""
+    text = config.parameters[GENERATION].string_value if GENERATION in config.parameters else ""
+    if not text.isdigit():
+        raise ContractError(f"{config.name}/{CONFIG_FILE} tells no {GENERATION}; export the repository again")
+    return int(text)
 
 
 def render(config: pb.ModelConfig) -> str:

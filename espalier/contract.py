@@ -35,6 +35,15 @@ THREADS = "intra_op_thread_count"
 TASK_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 """Task names: lower case, digits, single underscores. `offsets` is taken by the ensemble itself."""
 
+SLOT_NAME = re.compile(rf"{TASK_NAME.pattern}(__[a-z0-9]+)?")
+"""Names of the ensemble's outputs: a task, or one of its candidates, set off by two underscores."""
+
+GENERATION = "generation"
+"""Parameter of the ensemble: its version, one more with every change of what it answers."""
+
+CANDIDATE = "__"
+"""What separates a task's name from that of a candidate: `mrpc__candidate` is served beside `mrpc`."""
+
 SEGMENT_NAME = re.compile(r"trunk_(\d+)_(\d+)")
 
 
@@ -149,6 +158,11 @@ class HeadInfo(_Info):
     def model(self) -> str:
         """Name of the model folder."""
         return head_name(self.task)
+
+    @property
+    def candidate(self) -> bool:
+        """Whether this is a candidate beside the task's own head: answered when it is named, else not asked."""
+        return CANDIDATE in self.task
 
     @property
     def output(self) -> str:

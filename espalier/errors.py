@@ -41,6 +41,7 @@ __all__ = [
     "TrainingError",
     "UnavailableError",
     "UnknownTaskError",
+    "WiringError",
     "first_problem",
 ]
 
@@ -87,6 +88,10 @@ class ExportError(EspalierError):
 
 class ServerError(EspalierError):
     """The embedded Triton could not be started, or died."""
+
+
+class WiringError(EspalierError):
+    """A change of what is served could not be made; what was served before still is."""
 
 
 class RequestError(EspalierError):

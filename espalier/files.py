@@ -4,6 +4,7 @@ A reader never sees half a file, and a full disk or a kill leaves the old conten
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -69,6 +70,18 @@ def whole_folder(target: Path, staging: Path | None = None) -> Iterator[Path]:
             os.rename(growing, target)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two files or folders change places in one step (renameat2, RENAME_EXCHANGE).
+
+    Raises OSError, with the reason as its text, also where the file system has no such step.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    at, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if libc.renameat2(at, os.fsencode(one), at, os.fsencode(other), swap) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one))
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from tritonclient.grpc import model_config_pb2 as pb
 
-from espalier.configs import head_config, read_config
+from espalier.configs import ensemble_generation, head_config, read_config
 from espalier.contract import (
     CONFIG_FILE,
     ENSEMBLE,
     OFFSETS,
     SEGMENT_NAME,
-    TASK_NAME,
+    SLOT_NAME,
     HeadInfo,
     Kind,
     Structure,
@@ -34,6 +34,12 @@ class Repository:
         if not (self.path / ENSEMBLE / CONFIG_FILE).exists():
             return []
         return [step.model_name for step in read_config(self.path / ENSEMBLE).ensemble_scheduling.step]
+
+    def generation(self) -> int:
+        """Return the version of the ensemble; 0 if there is none."""
+        if not (self.path / ENSEMBLE / CONFIG_FILE).exists():
+            return 0
+        return ensemble_generation(read_config(self.path / ENSEMBLE))
 
     def trunk(self) -> list[TrunkInfo]:
         """Return the deployed segments from the bottom up; raise ContractError if they are no chain."""
@@ -73,7 +79,7 @@ def check_head(config: pb.ModelConfig, trunk: Sequence[TrunkInfo]) -> HeadInfo:
     name = config.name
     if name != info.model:
         raise ContractError(f"{name}: the folder says it holds task {info.task!r}, so it must be named {info.model}")
-    if not TASK_NAME.fullmatch(info.task) or info.task == OFFSETS:
+    if not SLOT_NAME.fullmatch(info.task) or info.task == OFFSETS:
         raise ContractError(f"{name}: {info.task!r} is not a task name: lower case, digits and single underscores")
     segment = next((segment for segment in trunk if segment.stop == info.tap), None)
     if segment is None:

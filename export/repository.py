@@ -139,7 +139,7 @@ class _Export:
             self._segment(info)
         for branch, card in branches:
             self._head(branch, new[card.spec.name])
-        self._put(ENSEMBLE, {CONFIG_FILE: render(ensemble_config(trunk, heads)).encode(), f"{VERSION}/.keep": b""})
+        self._ensemble(trunk, heads)
         for folder in self.there.segment_folders():
             if folder.name not in {info.model for info in trunk}:
                 shutil.rmtree(folder)  # after the ensemble has let go of it
@@ -233,6 +233,16 @@ class _Export:
             content,
             lambda: compare_head(model, info.model, encoder, branch, info.tap, self.target, words),
         )
+
+    def _ensemble(self, trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo]) -> None:
+        generation = self.there.generation()
+        config = ensemble_config(trunk, heads, max(1, generation))
+        changed = any(exported.written for exported in self.done)
+        if changed or not _holds(self.repository / ENSEMBLE / CONFIG_FILE, render(config).encode()):
+            # Another generation also where a head alone changed: its labels may have another order now.
+            generation += 1
+            config = ensemble_config(trunk, heads, generation)
+        self._put(ENSEMBLE, {CONFIG_FILE: render(config).encode(), f"{generation}/.keep": b""})
 
     def _put(self, name: str, content: dict[str, bytes], check: Callable[[], float] | None = None) -> None:
         """Make the model folder hold exactly `content`; leave it alone if it does, check what is new before."""

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from clients import Classification, Client, Regression, Tagging
-from clients.protocol import Call, Conversation, Infer, Program, ReadConfig
+from clients.protocol import Call, Conversation, Infer, Program, ReadConfig, Reply
 from espalier.configs import ensemble_config, head_config
 from espalier.contract import ENSEMBLE, HeadInfo, Kind, Structure, Target, TrunkInfo
 from espalier.errors import DeadlineError, RequestError, UnavailableError, UnknownTaskError
 
-Reply = Callable[[Call], Any]
+Server = Callable[[Call], Any]
 
 
 def head(task: str, kind: Kind, labels: Sequence[str] = (), structure: Structure = Structure.SOFTMAX) -> HeadInfo:
@@ -49,15 +49,26 @@ class Deployment:
 
     def __init__(self, *heads: HeadInfo) -> None:
         self.heads = {info.task: info for info in heads}
+        self.generation = 1
         self.calls: list[Call] = []
 
     def __call__(self, call: Call) -> Any:
         self.calls.append(call)
         if isinstance(call, ReadConfig):
             if call.model == ENSEMBLE:
-                return ensemble_config([TRUNK], list(self.heads.values()))
+                return ensemble_config([TRUNK], list(self.heads.values()), self.generation)
             return head_config(self.heads[call.model.removeprefix("head_")], Target.CPU)
-        return {name: self.output(name, len(call.texts)) for name in call.outputs}
+        return self.reply({name: self.output(name, len(call.texts)) for name in call.outputs})
+
+    def reply(self, arrays: dict[str, np.ndarray]) -> Reply:
+        return Reply(arrays, str(self.generation))
+
+    def change(self, task: str, info: HeadInfo | None) -> None:
+        """Put another head in the place of a task's, or remove it."""
+        self.heads.pop(task)
+        if info is not None:
+            self.heads[task] = info
+        self.generation += 1
 
     def output(self, name: str, n: int) -> np.ndarray:
         if name == "offsets":
@@ -75,7 +86,7 @@ class Deployment:
         return [call for call in self.calls if isinstance(call, Infer)]
 
 
-def run(program: Program[Any], reply: Reply) -> Any:
+def run(program: Program[Any], reply: Server) -> Any:
     try:
         call = next(program)
         while True:
@@ -175,18 +186,50 @@ def test_the_catalogue_is_read_once(server: Deployment) -> None:
     ]
 
 
-def test_the_catalogue_is_read_again_when_it_is_old(server: Deployment) -> None:
-    conversation = Conversation(max_age=0)
+def test_a_head_replaced_by_one_with_other_labels_is_never_misread(server: Deployment) -> None:
+    conversation = Conversation()
     run(conversation.ask_batch(["wake me"], ["intent"]), server)
-    server.heads["intent"] = head("intent", Kind.CLASSIFICATION, ["music", "alarm"])
+    server.change("intent", head("intent", Kind.CLASSIFICATION, ["music", "alarm"]))
     [answers] = run(conversation.ask_batch(["wake me"], ["intent"]), server)
     assert answers["intent"].label == "alarm"
+
+
+def test_tasks_that_change_without_end_are_an_error(server: Deployment) -> None:
+    def reply(call: Call) -> Any:
+        if isinstance(call, Infer):
+            server.generation += 1
+        return server(call)
+
+    with pytest.raises(RequestError, match="tasks changed 5 times while it was asked; ask again"):
+        run(Conversation().ask_batch(["wake me"], None), reply)
+
+
+def test_a_head_that_goes_while_the_tasks_are_read_is_no_error(server: Deployment) -> None:
+    gone = []
+
+    def reply(call: Call) -> Any:
+        if isinstance(call, ReadConfig) and call.model == "head_slots" and not gone:
+            gone.append(call)
+            server.change("slots", None)
+            raise RequestError("Request for unknown model: 'head_slots' is not found")
+        return server(call)
+
+    assert list(run(Conversation().tasks(), reply)) == ["intent", "urgency"]
+
+
+def test_a_candidate_is_answered_if_it_is_named_and_left_out_if_not(server: Deployment) -> None:
+    server.heads["intent__b"] = head("intent__b", Kind.CLASSIFICATION, ["alarm", "music"])
+    [answers] = ask(server, ["wake me"])
+    assert list(answers) == ["intent", "slots", "urgency"]
+    [answers] = ask(server, ["wake me"], ["intent", "intent__b"])
+    assert list(answers) == ["intent", "intent__b"]
+    assert run(Conversation().tasks(), server)["intent__b"].candidate
 
 
 def test_tasks_tells_what_is_deployed_now(server: Deployment) -> None:
     conversation = Conversation()
     assert run(conversation.tasks(), server) == {"intent": INTENT, "slots": SLOTS, "urgency": URGENCY}
-    del server.heads["slots"]
+    server.change("slots", None)
     assert list(run(conversation.tasks(), server)) == ["intent", "urgency"]
 
 
@@ -194,6 +237,7 @@ def test_a_task_added_later_is_found(server: Deployment) -> None:
     conversation = Conversation()
     run(conversation.ask_batch(["wake me"], None), server)
     server.heads["mood"] = head("mood", Kind.REGRESSION)
+    server.generation += 1
     [answers] = run(conversation.ask_batch(["wake me"], ["mood"]), server)
     assert list(answers) == ["mood"]
 
@@ -201,7 +245,7 @@ def test_a_task_added_later_is_found(server: Deployment) -> None:
 def test_a_task_removed_later_is_unknown_if_named_and_left_out_if_not(server: Deployment) -> None:
     conversation = Conversation()
     run(conversation.ask_batch(["wake me"], None), server)
-    del server.heads["slots"]
+    server.change("slots", None)
     [answers] = run(conversation.ask_batch(["wake me"], None), server)
     assert list(answers) == ["intent", "urgency"]
     with pytest.raises(UnknownTaskError, match="'slots'; deployed are: intent, urgency"):
@@ -211,14 +255,14 @@ def test_a_task_removed_later_is_unknown_if_named_and_left_out_if_not(server: De
 def test_a_head_replaced_by_one_with_more_labels_is_read_again(server: Deployment) -> None:
     conversation = Conversation()
     run(conversation.ask_batch(["wake me"], None), server)
-    server.heads["intent"] = head("intent", Kind.CLASSIFICATION, ["alarm", "music", "weather"])
+    server.change("intent", head("intent", Kind.CLASSIFICATION, ["alarm", "music", "weather"]))
     [answers] = run(conversation.ask_batch(["wake me"], ["intent"]), server)
     assert answers["intent"].label == "weather"
 
 
 def test_outputs_that_do_not_fit_the_labels_are_an_error(server: Deployment) -> None:
     def reply(call: Call) -> Any:
-        return {"intent": np.zeros((1, 7), np.float32)} if isinstance(call, Infer) else server(call)
+        return server.reply({"intent": np.zeros((1, 7), np.float32)}) if isinstance(call, Infer) else server(call)
 
     with pytest.raises(RequestError, match=r"head_intent names 2 labels, but answers 1 items with shape \[1, 7\]"):
         run(Conversation().ask_batch(["wake me"], ["intent"]), reply)

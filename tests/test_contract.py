@@ -278,7 +278,7 @@ def refusal(config: pb.ModelConfig, error: type[ContractError] = ContractError) 
         pytest.param({"labels": ()}, "a classification head has 0 labels", id="no labels"),
         pytest.param({"kind": Kind.REGRESSION}, "a regression head has 3 labels", id="labels of numbers"),
         pytest.param({"structure": Structure.CRF}, "a classification head has no CRF", id="CRF of classes"),
-        pytest.param({"task": "a__b"}, "'a__b' is not a task name", id="bad name"),
+        pytest.param({"task": "a___b"}, "'a___b' is not a task name", id="bad name"),
         pytest.param({"task": OFFSETS}, "'offsets' is not a task name", id="taken name"),
     ],
 )  # fmt: skip

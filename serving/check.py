@@ -1,0 +1,185 @@
+"""Is a model folder fit to be served? Found out from its files, before any server sees them.
+
+A head folder is data: ONNX and text. Whoever may write one must not be able to run code on the server, so whatever
+Triton could execute or load on its behalf is refused: other backends, code, libraries, paths in the config.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import onnx
+from onnx import TensorProto
+from tritonclient.grpc import model_config_pb2 as pb
+
+from espalier.configs import read_config
+from espalier.contract import (
+    CANDIDATE,
+    CONFIG_FILE,
+    LABELS_FILE,
+    MODEL_FILE,
+    THREADS,
+    TOKENIZER_FILE,
+    HeadInfo,
+    Kind,
+    TrunkInfo,
+    head_name,
+)
+from espalier.errors import ContractError
+
+BACKEND = "onnxruntime"
+
+_DATA = re.compile(r"\d+/.+\.(onnx|data|bin)|config\.pbtxt|labels\.txt")
+"""Files of a head that are served."""
+_NOTES = re.compile(r".+\.(md|txt|json|png|yaml)")
+"""Files that may lie beside them, and are left where they are."""
+_FIELDS = {
+    "name", "platform", "backend", "max_batch_size", "input", "output", "batch_input", "batch_output",
+    "instance_group", "dynamic_batching", "default_model_filename", "parameters", "version_policy",
+}  # fmt: skip
+"""Fields of a config that a head may set. Others name libraries, files or agents for the server to load."""
+_TYPES = {
+    TensorProto.FLOAT: pb.TYPE_FP32, TensorProto.FLOAT16: pb.TYPE_FP16, TensorProto.INT64: pb.TYPE_INT64,
+    TensorProto.INT32: pb.TYPE_INT32,
+}  # fmt: skip
+
+
+def belongs(name: str) -> bool:
+    """Tell whether the file `name` of a head folder is served."""
+    return _DATA.fullmatch(name) is not None
+
+
+def check_files(folder: str, names: Sequence[str], version: int) -> None:
+    """Raise ContractError if a head folder holds a file that is neither data nor a note."""
+    for name in names:
+        part = PurePosixPath(name).parts[0]
+        if part.isdigit() and int(part) != version:
+            continue  # an older version
+        if not _DATA.fullmatch(name) and not _NOTES.fullmatch(name):
+            raise ContractError(
+                f"{folder} holds {name}; a head folder is data ({CONFIG_FILE}, {LABELS_FILE}, <version>/{MODEL_FILE}): "
+                f"remove that file, or have the wiring allow the folder by name (--allow {folder})"
+            )
+
+
+def adopted(config: pb.ModelConfig, folder: str) -> pb.ModelConfig:
+    """Return a head's config as the head of the task that its folder is named after.
+
+    A head of `mrpc` may be served as `mrpc__candidate` as it is, and the other way round.
+    """
+    slot = folder.removeprefix(head_name(""))
+    own = config.parameters["task"].string_value if "task" in config.parameters else ""
+    if own.partition(CANDIDATE)[0] != slot.partition(CANDIDATE)[0]:
+        raise ContractError(f"{folder}: the folder says it holds task {own!r}, so it must be named {head_name(own)}")
+    renamed = pb.ModelConfig()
+    renamed.CopyFrom(config)
+    renamed.name = folder
+    renamed.parameters["task"].string_value = slot
+    return renamed
+
+
+def check_config(config: pb.ModelConfig) -> None:
+    """Raise ContractError if a head's config asks for more than running its ONNX file."""
+    where = f"{config.name}/{CONFIG_FILE}"
+    if config.backend != BACKEND or config.platform not in ("", "onnxruntime_onnx"):
+        other = config.backend if config.backend != BACKEND else config.platform
+        raise ContractError(
+            f"{where} asks for the backend {other!r}; a head is served by {BACKEND} alone, unless the wiring allows "
+            f"the folder by name (--allow {config.name})"
+        )
+    for field, _ in config.ListFields():
+        if field.name not in _FIELDS:
+            raise ContractError(
+                f"{where} sets {field.name}, which a head may not; remove it, or have the wiring allow the folder by "
+                f"name (--allow {config.name})"
+            )
+    known = {*HeadInfo.model_fields, THREADS}
+    for name in config.parameters:
+        if name not in known:
+            raise ContractError(f"{where} has the parameter {name!r}, which a head may not; remove it")
+    if config.default_model_filename not in ("", MODEL_FILE):
+        raise ContractError(f"{where} names the file {config.default_model_filename!r}; a head's is {MODEL_FILE}")
+
+
+def check_head_folder(folder: Path, name: str, version: int, allowed: bool) -> None:
+    """Check the content of the head folder `name`, which lies in `folder`, by itself: not yet against a trunk.
+
+    Raises ContractError. Of an `allowed` folder it does not matter what the server executes for it.
+    """
+    config = adopted(read_config(folder), name)
+    if not allowed:
+        check_config(config)
+    info = HeadInfo.read(config)
+    if config.backend == BACKEND:
+        check_onnx(folder / str(version) / MODEL_FILE, config)
+    if info.kind is Kind.CLASSIFICATION:
+        _check_labels(folder, info)
+
+
+def check_segment_folder(folder: Path, name: str, version: int) -> TrunkInfo:
+    """Check the content of the trunk segment `name` and return what it says."""
+    config = read_config(folder)
+    info = TrunkInfo.read(config)
+    if info.model != name:
+        raise ContractError(f"{name}: the folder says it holds {info.model}; name it so")
+    check_onnx(folder / str(version) / MODEL_FILE, config)
+    return info
+
+
+def check_tokenizer_folder(folder: Path, version: int) -> None:
+    """Check that the tokenizer's files are there."""
+    for file in (TOKENIZER_FILE, "model.py"):
+        if not (folder / str(version) / file).is_file():
+            raise ContractError(f"the tokenizer has no {version}/{file}; export the repository again")
+
+
+def check_onnx(model: Path, config: pb.ModelConfig) -> None:
+    """Raise ContractError if an ONNX file is not whole, or has other inputs and outputs than its config."""
+    where = f"{config.name}/{model.parent.name}/{model.name}"
+    if not model.is_file():
+        raise ContractError(f"{where} is missing; copy or export it again")
+    try:
+        onnx.checker.check_model(model)
+        graph = onnx.load(model, load_external_data=False).graph
+    except Exception as error:  # protobuf and the checker raise several types
+        reason = (str(error).strip().splitlines() or ["unreadable"])[0]
+        raise ContractError(f"{where} is not a whole ONNX file ({reason}); copy or export it again") from error
+    inputs = {tensor.name: tensor.data_type for tensor in config.input}
+    inputs |= {name: extra.data_type for extra in config.batch_input for name in extra.target_name}
+    have = {value.name: _TYPES.get(value.type.tensor_type.elem_type) for value in graph.input}
+    if have != inputs:
+        raise ContractError(f"{where} reads {_names(have)}, but its config says {_names(inputs)}; export it again")
+    outputs = {value.name: value.type.tensor_type for value in graph.output}
+    for tensor in config.output:
+        if tensor.name not in outputs:
+            raise ContractError(f"{where} gives no output {tensor.name!r}; export it again")
+        shape = outputs[tensor.name].shape.dim
+        width = shape[-1].dim_value if shape else 0
+        if _TYPES.get(outputs[tensor.name].elem_type) != tensor.data_type or (width and width != tensor.dims[-1]):
+            raise ContractError(
+                f"{where} gives {tensor.name!r} with {width or 'any number of'} values, but its config says "
+                f"{tensor.dims[-1]} of {pb.DataType.Name(tensor.data_type)}; export it again"
+            )
+
+
+def _names(types: "dict[str, int | None]") -> str:
+    return ", ".join(
+        f"{name} {pb.DataType.Name(of).removeprefix('TYPE_') if of is not None else 'of another type'}"
+        for name, of in sorted(types.items())
+    )
+
+
+def _check_labels(folder: Path, head: HeadInfo) -> None:
+    file = folder / LABELS_FILE
+    where = f"{head.model}/{LABELS_FILE}"
+    try:
+        labels = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise ContractError(f"{where} is missing; copy or export the head again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContractError(f"{where} cannot be read: {error}; export the head again") from error
+    if tuple(labels) != head.labels:
+        raise ContractError(
+            f"{where} lists {len(labels)} labels that are not the {len(head.labels)} of {CONFIG_FILE}; "
+            "export the head again"
+        )

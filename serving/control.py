@@ -1,0 +1,156 @@
+"""Triton's model repository API (docs/protocol/extension_model_repository.md), and smoke inference, over gRPC.
+
+No call has a deadline: the embedded Triton 2.51 dies of a cancelled request. A host that went away is noticed by
+keep-alive pings.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc as triton
+from tritonclient.grpc import model_config_pb2 as pb
+from tritonclient.utils import InferenceServerException
+
+from espalier.contract import ENSEMBLE, OFFSETS, TEXT, HeadInfo, Kind, Structure, TrunkInfo
+from espalier.errors import UnavailableError, WiringError
+
+Array = npt.NDArray[Any]
+
+_LENGTHS = (1, 7)
+"""Tokens of the items on which a head is tried."""
+_TEXTS = ("Wake me at half past seven.", "a", "")
+_TOLERANCE = 2e-2
+"""How far the probabilities of an FP16 head may be from summing up to one."""
+_CHANNEL = [
+    ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+class Refused(Exception):
+    """Triton said no; the message is its reason, on one line."""
+
+
+class Control:
+    """The Triton at `url` (host:port of its gRPC endpoint), in explicit model-control mode."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._client = triton.InferenceServerClient(url, channel_args=_CHANNEL)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def is_live(self) -> bool:
+        """Tell whether the server answers."""
+        try:
+            return bool(self._client.is_server_live())
+        except InferenceServerException:
+            return False
+
+    def index(self) -> dict[str, bool]:
+        """Return the models that the server knows or sees in its repository, and whether each is ready."""
+        ready: dict[str, bool] = {}
+        for entry in self._call(self._client.get_model_repository_index).models:
+            ready[entry.name] = ready.get(entry.name, False) or entry.state == "READY"
+        return ready
+
+    def load(self, model: str) -> None:
+        """Load a model, or load it anew if its files changed; raise Refused with Triton's reason."""
+        self._call(self._client.load_model, model)
+
+    def unload(self, model: str) -> None:
+        """Unload a model; requests that are under way end well. Not loaded is no error."""
+        self._call(self._client.unload_model, model)
+
+    def config(self, model: str) -> pb.ModelConfig | None:
+        """Return the config of a model as it is loaded; None if it is not."""
+        try:
+            config: pb.ModelConfig = self._call(self._client.get_model_config, model).config
+        except Refused:
+            return None
+        return config
+
+    def _call(self, method: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(*arguments, **options)
+        except InferenceServerException as error:
+            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"):
+                raise UnavailableError(f"{self.url} is unavailable: {_line(error.message())}") from error
+            raise Refused(_line(error.message())) from error
+
+    def _infer(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        tensors = []
+        for name, array in inputs.items():
+            tensor = triton.InferInput(name, list(array.shape), triton_type(array))
+            tensor.set_data_from_numpy(array)
+            tensors.append(tensor)
+        wanted = [triton.InferRequestedOutput(name) for name in outputs]
+        result = self._call(self._client.infer, model, tensors, outputs=wanted)
+        return {name: result.as_numpy(name) for name in outputs}
+
+    # --- smoke inference --------------------------------------------------------------------------------------------
+
+    def try_head(self, model: str, info: HeadInfo, trunk: TrunkInfo) -> None:
+        """Ask a head alone about random hidden states; raise Refused if what it answers cannot be right."""
+        rng = np.random.default_rng(0)
+        precision = np.float16 if trunk.target.hidden_type == pb.TYPE_FP16 else np.float32
+        for length in _LENGTHS:
+            hidden = rng.normal(size=(1, length, info.hidden_size)).astype(precision)
+            inputs: dict[str, Array] = {"hidden": hidden, "length": np.array([[length]], np.int32)}
+            if info.structure is Structure.CRF:
+                inputs["input_ids"] = np.zeros((1, length), np.int64)
+            answer = self._infer(model, inputs, [info.output])[info.output]
+            _check_answer(info, answer, length)
+
+    def try_ensemble(self, heads: Mapping[str, HeadInfo]) -> None:
+        """Ask the ensemble every task, each alone and all together; raise Refused if an answer cannot be right."""
+        for text in _TEXTS:
+            rows = np.array([[text.encode()]], np.object_)
+            self._check(rows, heads)
+        rows = np.array([[text.encode() for text in _TEXTS[:2]]], np.object_)
+        self._check(rows, heads)
+        for task, info in heads.items():
+            self._check(rows, {task: info})
+
+    def _check(self, rows: Array, heads: Mapping[str, HeadInfo]) -> None:
+        answers = self._infer(ENSEMBLE, {TEXT: rows}, [*heads, OFFSETS])
+        tokens = answers[OFFSETS].shape[1]
+        for task, info in heads.items():
+            _check_answer(info, answers[task], tokens)
+
+
+def _check_answer(info: HeadInfo, answer: Array, tokens: int) -> None:
+    dims = [tokens if dim == -1 else dim for dim in info.output_dims]
+    if list(answer.shape) != [1, *dims]:
+        raise Refused(f"it answers a text of {tokens} tokens with shape {list(answer.shape[1:])}, not {dims}")
+    if not np.isfinite(answer).all():
+        raise Refused("it answers with numbers that are not finite")
+    probabilities = info.kind is Kind.CLASSIFICATION or (
+        info.kind is Kind.TAGGING and info.structure is Structure.SOFTMAX
+    )
+    if probabilities and np.abs(answer.sum(axis=-1) - 1).max(initial=0) > _TOLERANCE:
+        raise Refused("its probabilities do not sum up to one")
+
+
+def triton_type(array: Array) -> str:
+    """Return Triton's name of an array's type."""
+    names = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "object": "BYTES"}
+    return names[array.dtype.name]
+
+
+def explain(model: str, error: Refused) -> WiringError:
+    """Return the error for what the server refused of a model that was served before."""
+    return WiringError(f"the server refuses {model}: {error}")
+
+
+def _line(message: str | None) -> str:
+    return " ".join((message or "no reason given").split())

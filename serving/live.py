@@ -1,0 +1,212 @@
+"""The live store: what the wiring made of the repository, in the form that Triton reads.
+
+    LIVE/models/               Triton's model repository
+        tokenizer-<digest>/    one folder per content; once it is there it never changes
+        trunk_0_3-<digest>/
+        head_mrpc-<digest>/
+        multitask/             the ensemble: which of them are served
+    LIVE/history/000007.json   every state that was served, the newest of them now
+    LIVE/status.json           what became of each folder of the repository
+    LIVE/lock
+
+Triton polls all models of an ensemble when it loads the ensemble (core, ModelRepositoryManager::PollModels), and would
+so pick up what another owner is copying at that moment. Hence it never reads the folders that owners write to.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tritonclient.grpc import model_config_pb2 as pb
+
+from espalier.configs import read_config, write_config
+from espalier.contract import CONFIG_FILE, ENSEMBLE
+from espalier.errors import WiringError
+from espalier.files import locked, write_whole
+
+HISTORY = 20
+"""States that are kept, and with them the models that they serve."""
+
+_DIGITS = 12
+"""Of a content's digest, in the name of its model."""
+
+
+class Wired(BaseModel):
+    """A head that is served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str  # as Triton knows it
+    digest: str  # of the folder's content
+    version: int  # the version folder that it comes from
+
+
+class State(BaseModel):
+    """What is served, by its names in the live store. Generations count from 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation: int
+    time: datetime
+    changes: tuple[str, ...]  # against the state before, a phrase each
+    tokenizer: str
+    trunk: tuple[str, ...]  # from the bottom up
+    heads: dict[str, Wired]  # by task, candidates too
+    overruled: dict[str, str] = {}
+    """By task: the content that lies in the repository but was rolled back from ("" where there is no folder)."""
+
+    @property
+    def models(self) -> set[str]:
+        """All models that the state needs, the ensemble aside."""
+        return {self.tokenizer, *self.trunk, *(head.model for head in self.heads.values())}
+
+
+class Status(BaseModel):
+    """What became of a folder of the repository, or of a task without one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: str  # serving, loading, refused
+    why: str = ""  # of what is refused, or still loading
+    served: bool = False  # whether the task is answered, by this content or by an earlier one
+    digest: str = ""
+    version: int | None = None
+
+
+class StatusFile(BaseModel):
+    """The states of all folders, by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation: int  # 0: nothing is served
+    folders: dict[str, Status]
+
+
+def live_folder(repository: Path) -> Path:
+    """Return where the live store of a repository lies unless it is said otherwise: beside it."""
+    return repository.resolve().with_name(f"{repository.resolve().name}.live")
+
+
+class Live:
+    """The live store at `path`. Everything but `lock` is for who holds the lock, or for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.models = path / "models"
+        self._history = path / "history"
+
+    def prepare(self) -> None:
+        """Make the folders; raise WiringError if they cannot be written."""
+        try:
+            for folder in (self.models, self._history):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WiringError(f"the live store cannot be written to {self.path}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Let one process at a time change what is served."""
+        self.prepare()
+        with locked(self.path / "lock"):
+            yield
+
+    # --- states -----------------------------------------------------------------------------------------------------
+
+    def history(self) -> list[State]:
+        """Return the kept states, the newest last. Raises WiringError if one cannot be read."""
+        states = []
+        for file in sorted(self._history.glob("[0-9]*.json")):
+            try:
+                states.append(State.model_validate_json(file.read_bytes()))
+            except (OSError, ValidationError) as error:
+                raise WiringError(f"{file} is damaged; remove it, and what it told is forgotten") from error
+        return states
+
+    def state(self) -> State | None:
+        """Return what is served now; None if nothing ever was."""
+        return next(reversed(self.history()), None)
+
+    def next_generation(self) -> int:
+        """Return a number that no state and no half-made ensemble has had."""
+        made = [int(path.name) for path in (self.models / ENSEMBLE).glob("[0-9]*")]
+        return max([0, *made, *(state.generation for state in self.history())]) + 1
+
+    def record(self, state: State) -> None:
+        """Make `state` the newest of the history."""
+        write_whole(self._file(state.generation), state.model_dump_json(indent=2) + "\n")
+
+    def _file(self, generation: int) -> Path:
+        return self._history / f"{generation:06}.json"
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def model_name(self, folder: str, digest: str) -> str:
+        """Return the name under which the content of a model folder is served."""
+        return f"{folder}-{digest[:_DIGITS]}"
+
+    def has(self, model: str) -> bool:
+        """Tell whether a model lies here."""
+        return (self.models / model / CONFIG_FILE).is_file()
+
+    def config(self, model: str) -> pb.ModelConfig:
+        """Return the config of a model."""
+        return read_config(self.models / model)
+
+    def adopt(self, model: str, fill: Callable[[Path], None]) -> None:
+        """Make the folder of a model, whole or not at all: `fill` writes into an empty folder."""
+        growing = Path(tempfile.mkdtemp(prefix=".growing.", dir=self.path))
+        try:
+            fill(growing)
+            config = read_config(growing)
+            config.name = model
+            write_config(growing, config)
+            os.chmod(growing, 0o755)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.models / model)  # half-removed by a prune that was killed
+            os.rename(growing, self.models / model)
+        finally:
+            shutil.rmtree(growing, ignore_errors=True)
+
+    def write_ensemble(self, config: pb.ModelConfig, generation: int) -> None:
+        """Point the ensemble's folder at `generation`: the config, written last, says which version counts."""
+        (self.models / ENSEMBLE / str(generation)).mkdir(parents=True, exist_ok=True)
+        write_config(self.models / ENSEMBLE, config)
+
+    def prune(self, keep: int = HISTORY) -> None:
+        """Remove all but the last `keep` states, and the models that none of them needs."""
+        states = self.history()
+        for state in states[:-keep]:
+            self._file(state.generation).unlink(missing_ok=True)
+        kept = states[-keep:]
+        needed = {ENSEMBLE}.union(*(state.models for state in kept))
+        for folder in self.models.iterdir():
+            if folder.name not in needed:
+                (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: without it the folder counts for nothing
+                shutil.rmtree(folder, ignore_errors=True)
+        newest = kept[-1].generation if kept else 0
+        for version in (self.models / ENSEMBLE).glob("[0-9]*"):
+            if int(version.name) < newest:
+                shutil.rmtree(version, ignore_errors=True)
+        for growing in self.path.glob(".growing.*"):
+            shutil.rmtree(growing, ignore_errors=True)
+
+    # --- status -----------------------------------------------------------------------------------------------------
+
+    def write_status(self, status: StatusFile) -> None:
+        """Tell what became of each folder; a file that says so already is left alone."""
+        text = status.model_dump_json(indent=2) + "\n"
+        file = self.path / "status.json"
+        if not file.is_file() or file.read_text() != text:
+            write_whole(file, text)
+
+    def status(self) -> StatusFile | None:
+        """Return what the wiring told last; None if it told nothing readable."""
+        try:
+            return StatusFile.model_validate_json((self.path / "status.json").read_bytes())
+        except (OSError, ValidationError):
+            return None

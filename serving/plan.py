@@ -1,0 +1,158 @@
+"""What should be served: the dropped heads that fit a trunk, on a chain of segments. No I/O.
+
+Tasks that are served come first: a new head or another trunk never takes away what a task has, as long as the task's
+folder is there.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from tritonclient.grpc import model_config_pb2 as pb
+
+from espalier.contract import HeadInfo, TrunkInfo
+from espalier.errors import ContractError
+from espalier.repository import check_head
+
+TRUNK = "trunk"
+"""Under this name a trunk as a whole is refused."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A trunk segment and the model that serves it."""
+
+    model: str
+    info: TrunkInfo
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head, the model that serves it, and what it was dropped as."""
+
+    model: str
+    info: HeadInfo  # its task is that of the folder: a candidate has its own
+    config: pb.ModelConfig
+    digest: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A tokenizer and the segments that there are, in any order; not each of them has a place in the chain."""
+
+    tokenizer: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be served."""
+
+    tokenizer: str
+    chain: tuple[Segment, ...]
+    heads: Mapping[str, Head]  # by task
+
+    @property
+    def models(self) -> set[str]:
+        """All models that it needs, the ensemble aside."""
+        return {self.tokenizer, *(s.model for s in self.chain), *(head.model for head in self.heads.values())}
+
+    @property
+    def trunk(self) -> Trunk:
+        """The trunk of which the chain is made."""
+        return Trunk(self.tokenizer, self.chain)
+
+
+def find_chain(segments: Iterable[Segment], taps: Collection[int]) -> tuple[Segment, ...] | None:
+    """Return the shortest chain of segments, from layer 0 to the deepest tap, that has an end at every tap.
+
+    All segments of a chain are of one base, precision and width. None if there is no such chain.
+    """
+    by_start: dict[int, list[Segment]] = {}
+    for segment in segments:
+        by_start.setdefault(segment.info.start, []).append(segment)
+    deepest = max(taps, default=0)
+    found: list[tuple[Segment, ...]] = [()] if deepest == 0 else []
+    growing: list[tuple[Segment, ...]] = [()]
+    while growing and not found:  # one segment longer in each round, so the first that are found are the shortest
+        longer = []
+        for chain in growing:
+            reached = chain[-1].info.stop if chain else 0
+            for segment in by_start.get(reached, ()):
+                skips = any(reached < tap < segment.info.stop for tap in taps)
+                if segment.info.stop <= deepest and not skips and (not chain or _alike(chain[-1].info, segment.info)):
+                    longer.append((*chain, segment))
+        found = [chain for chain in longer if chain[-1].info.stop == deepest]
+        growing = longer
+    return min(found, key=lambda chain: [segment.model for segment in chain], default=None)
+
+
+def _alike(one: TrunkInfo, other: TrunkInfo) -> bool:
+    def common(info: TrunkInfo) -> tuple[object, ...]:
+        return info.base, info.revision, info.target, info.hidden_size
+
+    return common(one) == common(other)
+
+
+def choose(
+    dropped: Trunk | None, heads: Mapping[str, Head], present: Collection[str], served: Target | None
+) -> tuple[Target | None, dict[str, str]]:
+    """Return what to serve, None if there is no trunk, and why something is not served: by task, or under TRUNK.
+
+    `dropped` is the trunk in the repository (None: not whole), `heads` are the dropped heads that are in order by
+    themselves, `present` all tasks with a folder, also those whose folder is not in order: they keep what they have.
+    """
+    own = served.heads if served else {}
+    kept = {task: head for task, head in own.items() if task in present}
+    if dropped is not None:
+        target, refused = _fit(dropped, heads, kept)
+        lost = sorted(set(kept) - set(target.heads))
+        if not lost or served is None:
+            return target, refused
+        why = (
+            f"the trunk in the repository does not fit {', '.join(lost)}; put heads there that were trained on it, or "
+            "remove those tasks"
+        )
+    else:
+        why = ""
+    if served is None:
+        return None, {}
+    target, refused = _fit(served.trunk, heads, kept)
+    return target, {**refused, **({TRUNK: why} if why else {})}
+
+
+def _fit(trunk: Trunk, heads: Mapping[str, Head], kept: Mapping[str, Head]) -> tuple[Target, dict[str, str]]:
+    """Put heads on `trunk`: those that are served, as they are if they fit; then what was dropped, one by one."""
+    chosen: dict[str, Head] = {}
+    refused: dict[str, str] = {}
+
+    def put(task: str, head: Head) -> None:
+        taps = {other.info.tap for name, other in chosen.items() if name != task} | {head.info.tap}
+        chain = find_chain(trunk.segments, taps)
+        check_head(head.config, [segment.info for segment in chain or trunk.segments])
+        if chain is None:
+            raise ContractError(_no_chain(head, trunk, taps))
+        chosen[task] = head
+
+    for task, head in sorted(kept.items()):
+        with contextlib.suppress(ContractError):
+            put(task, head)
+    for task, head in sorted(heads.items()):
+        if chosen.get(task) != head:
+            try:
+                put(task, head)
+            except ContractError as error:
+                refused[task] = str(error)
+    chain = find_chain(trunk.segments, {head.info.tap for head in chosen.values()})
+    assert chain is not None, "every head was put where a chain reaches it"
+    return Target(trunk.tokenizer, chain, chosen), refused
+
+
+def _no_chain(head: Head, trunk: Trunk, taps: Collection[int]) -> str:
+    there = ", ".join(sorted(f"trunk_{s.info.start}_{s.info.stop}" for s in trunk.segments)) or "none"
+    ends = ", ".join(str(tap) for tap in sorted(taps))
+    return (
+        f"{head.info.model} taps the trunk at layer {head.info.tap}, but no chain of segments has ends at {ends} "
+        f"(there are {there}); `espalier export` with its branch adds what is missing"
+    )

@@ -1,0 +1,460 @@
+"""Live wiring on a real Triton: folders come, change and go; what is served follows, and nobody notices the rest."""
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_branch
+
+from clients import Client
+from espalier.configs import read_config, write_config
+from espalier.contract import ENSEMBLE
+from espalier.encoder import Base, Encoder
+from espalier.errors import ContractError, UnavailableError, WiringError
+from espalier.files import exchange
+from export.repository import export
+from serving.control import Control
+from serving.live import Live, live_folder
+from serving.triton import TritonServer, free_ports
+from serving.wiring import Pass, Wiring
+
+pytestmark = pytest.mark.server
+
+TEXTS = ["put the red ball on the table", "is the box big ?", "green"]
+
+
+@pytest.fixture(scope="module")
+def shop(tiny: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole folders to be dropped: SHOP/<repository>/<folder>."""
+    home = tmp_path_factory.mktemp("shop")
+
+    def ship(name: str, **taps: int) -> None:
+        seed = len(list(home.iterdir()))
+        branches = [
+            make_branch(tiny, specs / f"{task}.yaml", tap, min(1, 3 - tap), home / "branches" / name / task, seed)
+            for task, tap in taps.items()
+        ]
+        export(branches, home / name, threads=1, load=lambda name, revision: tiny)
+
+    ship("first", intent=1, urgency=2)
+    ship("second", intent=1, urgency=2)
+    ship("more", slots=2, slots_crf=1, same_request=1)
+    ship("deep", urgency=1, slots=3)
+    ship("third", intent=1, urgency=2, slots=3)
+    return home
+
+
+@pytest.fixture(scope="module")
+def other(tiny: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two tasks on a trunk with other weights."""
+    home = tmp_path_factory.mktemp("other")
+    torch.manual_seed(7)
+    encoder = Encoder(tiny.config).eval()
+    base = replace(tiny, encoder=encoder)
+    branches = [
+        make_branch(base, specs / f"{task}.yaml", tap, 1, home / "branches" / task)
+        for task, tap in (("intent", 1), ("urgency", 2))
+    ]
+    export(branches, home / "models", threads=1, load=lambda name, revision: base)
+    return home / "models"
+
+
+class Stage:
+    """A repository, a Triton that serves its live store, and a wiring between the two."""
+
+    def __init__(self, home: Path, server: TritonServer, shop: Path) -> None:
+        self.repository = home / "repository"
+        self.live = Live(live_folder(self.repository))
+        self.server = server
+        self.shop = shop
+        self.control = Control(server.grpc_url)
+        self.wiring = self.another()
+
+    def another(self) -> Wiring:
+        wiring = Wiring(self.repository, self.live, self.control)
+        wiring.inbox.settled = 0.2
+        return wiring
+
+    def drop(self, repository: str, *folders: str, as_: str | None = None) -> None:
+        for folder in folders:
+            target = self.repository / (as_ or folder)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(self.shop / repository / folder, target)
+
+    def remove(self, *folders: str) -> None:
+        for folder in folders:
+            shutil.rmtree(self.repository / folder)
+
+    def settle(self, wiring: Wiring | None = None) -> Pass:
+        """Reconcile until everything is at rest; return the last pass that changed something, or the last."""
+        wiring = wiring or self.wiring
+        change = None
+        for _ in range(100):
+            done = wiring.reconcile()
+            change = done if done.change else change
+            if not done.restless and not done.change:
+                return change or done
+            time.sleep(0.1)
+        raise AssertionError("the repository never came to rest")
+
+    def state(self, folder: str) -> tuple[str, str]:
+        status = self.live.status()
+        assert status is not None
+        entry = status.folders[folder]
+        return entry.state, entry.why
+
+    def ask(self, *tasks: str) -> list[dict[str, object]]:
+        with Client(self.server.grpc_url, timeout=30.0) as client:
+            return [answers.to_dict() for answers in client.ask_batch(TEXTS, tasks or None)]
+
+    def tasks(self) -> list[str]:
+        with Client(self.server.grpc_url, timeout=30.0) as client:
+            return list(client.tasks())
+
+
+@pytest.fixture(scope="module")
+def place(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    home = tmp_path_factory.mktemp("live")
+    (home / "repository").mkdir()
+    live = Live(live_folder(home / "repository"))
+    live.prepare()
+    http, grpc, metrics = free_ports(3)
+    with TritonServer(
+        live.models, log_file=home / "triton.log", http_port=http, grpc_port=grpc, metrics_port=metrics,
+        ready_model=None, model_control="explicit",
+    ) as server:  # fmt: skip
+        yield Stage(home, server, shop)
+
+
+@pytest.fixture
+def stage(place: Stage) -> Stage:
+    """The stage with two tasks served, intent and urgency, whatever the test before left."""
+    place.drop("first", "tokenizer", "trunk_0_1", "trunk_1_2", "head_intent", "head_urgency")
+    wanted = {path.name for path in (place.shop / "first").iterdir()}
+    for folder in place.repository.iterdir():
+        if folder.name not in wanted:
+            shutil.rmtree(folder)
+    place.wiring = place.another()
+    place.settle()
+    assert place.tasks() == ["intent", "urgency"]
+    return place
+
+
+def test_a_dropped_folder_is_served_and_a_removed_one_is_not(stage: Stage) -> None:
+    before = stage.ask("intent", "urgency")
+    stage.drop("more", "head_slots", "head_slots_crf", "head_same_request")
+    done = stage.settle()
+    assert done.change is not None
+    assert done.change.state.changes == ("added same_request", "added slots", "added slots_crf")
+    assert set(done.change.seconds) == {"same_request", "slots", "slots_crf"}
+    assert stage.tasks() == ["intent", "same_request", "slots", "slots_crf", "urgency"]
+    assert stage.state("head_slots") == ("serving", "")
+    assert stage.ask("intent", "urgency") == before
+    assert len(stage.ask()[0]) == 5
+    stage.remove("head_slots", "head_same_request")
+    stage.settle()
+    assert stage.tasks() == ["intent", "slots_crf", "urgency"]
+    assert stage.ask("intent", "urgency") == before
+    loaded = {model for model, ready in stage.control.index().items() if ready}
+    state = stage.live.state()
+    assert state is not None
+    assert loaded == state.models | {ENSEMBLE}
+
+
+def test_changed_files_and_a_new_version_folder_are_updates(stage: Stage) -> None:
+    before = stage.ask("intent", "urgency")
+    stage.drop("second", "head_urgency")
+    assert stage.settle().change.state.changes == ("updated urgency",)  # type: ignore[union-attr]
+    middle = stage.ask("intent", "urgency")
+    assert [row["intent"] for row in middle] == [row["intent"] for row in before]
+    assert [row["urgency"] for row in middle] != [row["urgency"] for row in before]
+    shutil.copytree(stage.shop / "first" / "head_urgency" / "1", stage.repository / "head_urgency" / "2")
+    write_config(stage.repository / "head_urgency", read_config(stage.shop / "first" / "head_urgency"))
+    stage.settle()
+    assert stage.ask("intent", "urgency") == before
+    state = stage.live.state()
+    assert state is not None
+    assert state.heads["urgency"].version == 2
+
+
+def test_nothing_changes_when_nothing_changed(stage: Stage) -> None:
+    state = stage.live.state()
+    assert stage.settle().change is None
+    assert stage.settle(stage.another()).change is None, "another service takes up what this one did"
+    assert stage.live.state() == state
+
+
+def change_config(edit: Callable[..., object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = read_config(folder)
+        edit(config)
+        write_config(folder, config)
+
+    return damage
+
+
+def set_parameter(name: str, value: str) -> Callable[[Path], None]:
+    return change_config(lambda config: setattr(config.parameters[name], "string_value", value))
+
+
+def two_labels(folder: Path) -> None:
+    (folder / "labels.txt").write_text("a\nb\n")
+    set_parameter("labels", '["a", "b"]')(folder)
+    change_config(lambda config: config.output[0].dims.__setitem__(0, 2))(folder)
+
+
+def truncate(folder: Path) -> None:
+    model = folder / "1" / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-100])
+
+
+def nan_weights(folder: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(folder / "1" / "model.onnx")
+    for weight in model.graph.initializer:
+        array = numpy_helper.to_array(weight)
+        if array.dtype == np.float32 and array.ndim == 2:
+            weight.CopyFrom(numpy_helper.from_array(np.full_like(array, np.nan), weight.name))
+    onnx.save(model, folder / "1" / "model.onnx")
+
+
+BAD = {
+    "wrong fingerprint": (set_parameter("fingerprint", "f" * 64), "was trained on another trunk"),
+    "wrong tap": (set_parameter("tap", "3"), r"no deployed segment ends.*`espalier export` with its branch adds one"),
+    "wrong width": (set_parameter("hidden_size", "64"), "reads hidden states of size 64"),
+    "no config": (lambda folder: (folder / "config.pbtxt").unlink(), "config.pbtxt is missing"),
+    "truncated ONNX": (truncate, "is not a whole ONNX file"),
+    "missing labels": (lambda folder: (folder / "labels.txt").unlink(), "labels.txt is missing"),
+    "other labels": (lambda folder: (folder / "labels.txt").write_text("a\n"), "lists 1 labels that are not the"),
+    "fewer labels": (set_parameter("labels", '["a", "b"]'), r"labels\.txt lists 10 labels that are not the 2"),
+    "narrower config": (two_labels, "gives 'probabilities' with 10 values, but its config says 2"),
+    "foreign backend": (change_config(lambda config: setattr(config, "backend", "python")), "the backend 'python'"),
+    "code": (lambda folder: (folder / "1" / "model.py").write_text("x"), "holds 1/model.py; a head folder is data"),
+    "library": (lambda folder: (folder / "custom.so.1").write_text("x"), "holds custom.so.1"),
+    "custom operators": (
+        change_config(lambda config: config.model_operations.op_library_filename.append("/tmp/ops.so")),
+        "sets model_operations, which a head may not",
+    ),
+    "not finite": (nan_weights, "numbers that are not finite"),
+    "half-copied": (lambda folder: shutil.rmtree(folder / "1"), "has no version folder"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_folder_is_refused_and_harms_nobody(stage: Stage, fault: str) -> None:
+    damage, why = BAD[fault]
+    before, state = stage.ask(), stage.live.state()
+    bad = stage.repository.parent / "head_intent"
+    shutil.rmtree(bad, ignore_errors=True)
+    shutil.copytree(stage.shop / "second" / "head_intent", bad)
+    damage(bad)
+    content = {path: path.read_bytes() for path in bad.rglob("*") if path.is_file()}
+    shutil.rmtree(stage.repository / "head_intent")
+    shutil.move(bad, stage.repository / "head_intent")
+    done = stage.settle()
+    assert done.change is None
+    kind, sentence = stage.state("head_intent")
+    assert kind == "refused"
+    assert re.search(why, sentence), sentence
+    assert "\n" not in sentence
+    assert stage.live.state() == state
+    assert stage.ask() == before
+    there = {path.name for path in (stage.repository / "head_intent").rglob("*") if path.is_file()}
+    assert there == {path.name for path in content}, "something was written into the owner's folder"
+    assert all(ready for model, ready in stage.control.index().items() if state and model in state.models)
+
+
+def test_a_refused_folder_is_served_once_it_is_mended(stage: Stage) -> None:
+    truncate(stage.repository / "head_intent")
+    assert stage.settle().change is None
+    assert stage.state("head_intent")[0] == "refused"
+    stage.drop("second", "head_intent")
+    assert stage.settle().change.state.changes == ("updated intent",)  # type: ignore[union-attr]
+    assert stage.state("head_intent") == ("serving", "")
+
+
+def test_a_folder_that_may_hold_code_is_allowed_by_name(stage: Stage) -> None:
+    stage.drop("more", "head_slots")
+    (stage.repository / "head_slots" / "1" / "model.py").write_text("")
+    assert stage.settle().change is None
+    stage.wiring = stage.another()
+    stage.wiring.allowed = frozenset({"head_slots"})
+    stage.settle()
+    assert stage.tasks() == ["intent", "slots", "urgency"]
+
+
+def test_a_task_with_a_new_tap_waits_for_its_segment(stage: Stage) -> None:
+    stage.drop("deep", "head_slots")
+    assert stage.settle().change is None
+    kind, why = stage.state("head_slots")
+    assert kind == "refused"
+    assert "taps the trunk at layer 3, where no deployed segment ends" in why
+    assert "`espalier export`" in why
+    stage.drop("deep", "trunk_1_3")  # not a chain with tap 2, which urgency needs
+    assert stage.settle().change is None
+    assert "no chain of segments has ends at 1, 2, 3" in stage.state("head_slots")[1]
+    shutil.copytree(stage.shop / "third" / "trunk_2_3", stage.repository / "trunk_2_3")
+    stage.settle()
+    assert stage.tasks() == ["intent", "slots", "urgency"]
+    state = stage.live.state()
+    assert state is not None
+    assert [model.partition("-")[0] for model in state.trunk] == ["trunk_0_1", "trunk_1_2", "trunk_2_3"]
+
+
+def test_a_killed_pass_is_made_up_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever call was the last one before the kill: the next pass reaches the same end."""
+    baseline, scores = stage.ask("intent"), iter(range(100, 1000))
+    calls = [(Live, "adopt"), (Live, "write_ensemble"), (Live, "record"), (Live, "prune")]
+    calls += [(Control, name) for name in ("load", "try_head", "try_ensemble", "unload")]
+    for owner, name in calls:
+        for after in (False, True):
+            set_parameter("score", f"0.{next(scores)}")(stage.repository / "head_urgency")
+            if after:
+                stage.drop("more", "head_slots")
+            original = getattr(owner, name)
+
+            def killed(*arguments: object, after: bool = after, original: Callable[..., object] = original) -> None:
+                if after:
+                    original(*arguments)
+                raise KeyboardInterrupt
+
+            wiring = stage.another()
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, killed)
+                with pytest.raises(KeyboardInterrupt):
+                    stage.settle(wiring)
+            assert stage.ask("intent") == baseline, f"killed at {name}"
+            stage.settle(stage.another())
+            assert stage.tasks() == (["intent", "slots", "urgency"] if after else ["intent", "urgency"])
+            assert stage.state("head_urgency") == ("serving", "")
+            state = stage.live.state()
+            assert state is not None
+            loaded = {model for model, ready in stage.control.index().items() if ready}
+            assert loaded == state.models | {ENSEMBLE}, f"killed at {name}"
+            if after:
+                stage.remove("head_slots")
+                stage.settle(stage.another())
+
+
+def test_rollback_serves_what_was_served_until_the_owner_changes_the_folder(stage: Stage) -> None:
+    before = stage.ask()
+    stage.drop("second", "head_urgency")
+    stage.drop("more", "head_slots")
+    stage.settle()
+    state = stage.wiring.rollback()
+    assert state.changes == (f"rolled back to {state.generation - 2}", "removed slots", "updated urgency")
+    assert stage.ask() == before
+    for wiring in (stage.wiring, stage.another()):
+        assert stage.settle(wiring).change is None, "what was rolled back from came back by itself"
+    assert stage.state("head_slots") == ("refused", "it was rolled back from")
+    assert stage.state("head_urgency") == ("refused", "it was rolled back from")
+    stage.remove("head_intent")
+    stage.settle()
+    assert stage.tasks() == ["urgency"], "other tasks follow their folders"
+    stage.drop("first", "head_intent", "head_urgency")
+    shutil.copytree(stage.shop / "more" / "head_slots" / "1", stage.repository / "head_slots" / "2")
+    stage.settle()
+    assert stage.tasks() == ["intent", "slots", "urgency"]
+
+
+def test_rollback_brings_back_a_removed_task(stage: Stage) -> None:
+    before = stage.ask()
+    generation = stage.live.state().generation  # type: ignore[union-attr]
+    stage.remove("head_urgency")
+    stage.settle()
+    assert stage.tasks() == ["intent"]
+    stage.wiring.rollback(generation)
+    assert stage.settle(stage.another()).change is None
+    assert stage.ask() == before
+    with pytest.raises(WiringError, match="generation 999999 is not kept; kept are"):
+        stage.wiring.rollback(999999)
+    with pytest.raises(WiringError, match="is what is served now"):
+        stage.wiring.rollback(generation)
+
+
+def test_a_candidate_is_beside_its_task_and_takes_its_place(stage: Stage) -> None:
+    first = stage.ask("intent")
+    stage.drop("second", "head_intent", as_="head_intent__candidate")
+    stage.settle()
+    assert stage.tasks() == ["intent", "intent__candidate", "urgency"]
+    assert list(stage.ask()[0]) == ["intent", "urgency"]
+    second = [row["intent__candidate"] for row in stage.ask("intent", "intent__candidate")]
+    assert second != [row["intent"] for row in first]
+    exchange(stage.repository / "head_intent", stage.repository / "head_intent__candidate")
+    done = stage.settle()
+    assert done.change is not None
+    assert done.change.state.changes == ("updated intent", "updated intent__candidate")
+    assert [row["intent"] for row in stage.ask("intent")] == second
+
+
+def test_a_trunk_changes_with_all_its_heads_or_not_at_all(stage: Stage, other: Path) -> None:
+    before = stage.ask()
+    for name in ("tokenizer", "trunk_0_1", "trunk_1_2"):
+        shutil.rmtree(stage.repository / name)
+        shutil.copytree(other / name, stage.repository / name)
+    assert stage.settle().change is None
+    kind, why = stage.state("trunk")
+    assert kind == "refused"
+    assert "does not fit intent, urgency" in why
+    assert stage.ask() == before
+    for name in ("head_intent", "head_urgency"):
+        shutil.rmtree(stage.repository / name)
+        shutil.copytree(other / name, stage.repository / name)
+    stage.settle()
+    assert stage.tasks() == ["intent", "urgency"]
+    assert stage.ask() != before
+
+
+def test_an_empty_repository_is_no_removal_of_every_task(stage: Stage) -> None:
+    away = stage.repository.with_name("away")
+    stage.repository.rename(away)
+    with pytest.raises(ContractError, match="cannot be read: No such file"):
+        stage.wiring.reconcile()
+    stage.repository.mkdir()
+    with pytest.raises(ContractError, match="holds no model folder"):
+        stage.wiring.reconcile()
+    assert stage.tasks() == ["intent", "urgency"]
+    stage.repository.rmdir()
+    away.rename(stage.repository)
+    assert stage.settle().change is None
+
+
+def test_two_services_at_once_do_what_one_does(stage: Stage) -> None:
+    stage.drop("more", "head_slots", "head_slots_crf", "head_same_request")
+    start = stage.live.state().generation  # type: ignore[union-attr]
+    threads = [threading.Thread(target=stage.settle, args=(stage.another(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stage.tasks() == ["intent", "same_request", "slots", "slots_crf", "urgency"]
+    assert [state.generation for state in stage.live.history() if state.generation > start] == [start + 1]
+
+
+def test_triton_that_lost_everything_is_brought_back(stage: Stage) -> None:
+    before = stage.ask()
+    for model in [ENSEMBLE, *(stage.live.state().models)]:  # type: ignore[union-attr]
+        stage.control.unload(model)
+    assert stage.settle().change is None, "nothing changed, it is only loaded again"
+    assert stage.ask() == before
+
+
+def test_no_server_is_one_sentence(stage: Stage) -> None:
+    wiring = Wiring(stage.repository, stage.live, Control("127.0.0.1:9"))
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9 is unavailable"):
+        wiring.reconcile()
+
+
+def test_a_server_that_reads_another_repository_is_told_so(stage: Stage, tmp_path: Path) -> None:
+    wiring = Wiring(stage.repository, Live(tmp_path / "elsewhere"), stage.control)
+    with pytest.raises(WiringError, match=r"does not see .*--model-control-mode=explicit"):
+        stage.settle(wiring)
