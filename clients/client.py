@@ -80,8 +80,13 @@ class Client:
         self._settings = _Settings(url, protocol, timeout)
         self._transport = _transport(self._settings.url, protocol)
 
+    @property
+    def host(self) -> str:
+        """The server's host."""
+        return self._settings.url.rpartition(":")[0]
+
     def ask(self, text: str, tasks: Sequence[str] | None = None, *, timeout: float | None = None) -> Answers:
-        """Answer `tasks` (default: all that are deployed) about one text."""
+        """Answer `tasks` (default: all but candidates) about one text."""
         return self.ask_batch([text], tasks, timeout=timeout)[0]
 
     def ask_pair(self, a: str, b: str, tasks: Sequence[str] | None = None, *, timeout: float | None = None) -> Answers:
@@ -145,7 +150,7 @@ class AsyncClient:
         self._transport = _async_transport(self._settings.url, protocol)
 
     async def ask(self, text: str, tasks: Sequence[str] | None = None, *, timeout: float | None = None) -> Answers:
-        """Answer `tasks` (default: all that are deployed) about one text."""
+        """Answer `tasks` (default: all but candidates) about one text."""
         return (await self.ask_batch([text], tasks, timeout=timeout))[0]
 
     async def ask_pair(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from clients import Client
     from espalier.branch import BranchCard
     from espalier.spec import TaskSpec
+    from serving.control import Control
+    from serving.live import Live
+    from serving.wiring import Pass, Wiring
     from training.activations import ActivationCache
     from training.search import Status
     from training.trainer import Report
@@ -59,6 +63,14 @@ UseCache = Annotated[
     bool, typer.Option("--cache", help="Run the trunk once, and keep its activations in .activations beside OUT.")
 ]
 CacheLimit = Annotated[float, typer.Option(help="Largest size of .activations, in GiB.")]
+LiveFolder = Annotated[
+    Path | None, typer.Option("--live", help="The live store. [default: beside the repository, REPOSITORY.live]")
+]
+WiringPort = Annotated[int, typer.Option(help="Port for the wiring's metrics and the states of the folders.")]
+Allowed = Annotated[
+    list[str] | None, typer.Option("--allow", help="Head folder that may hold code or use another backend.")
+]
+Kept = Annotated[int, typer.Option("--keep", min=2, help="States to keep for a rollback.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a pipe instead of a table.")]
 RepositoryPath = Annotated[Path, typer.Option("--repository", help="The model repository.")]
 Url = Annotated[
@@ -337,6 +349,9 @@ def export(
         int | None, typer.Option(min=1, help="Threads of the trunk (cpu). [default: as deployed, or all cores]")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the branches had it.")] = None,
+    candidate: Annotated[
+        str | None, typer.Option(help="Write them as candidates of this name, beside their tasks' own heads.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write branches into a model repository. Heads of other tasks stay as they are, byte for byte."""
@@ -349,7 +364,7 @@ def export(
             status.update(f"exporting: {exported.model} done")
 
         wanted = [*(branches or ()), *(planned_branches(plan) if plan else ())]
-        done = export_branches(wanted, repository, target, threads, base, report=report)
+        done = export_branches(wanted, repository, target, threads, base, candidate=candidate, report=report)
     if as_json:
         _print_json([{"model": e.model, "written": e.written, "difference": e.difference} for e in done])
     else:
@@ -359,27 +374,130 @@ def export(
 @app.command(epilog="Example: `espalier serve --repository model_repository --grpc-port 9001`")
 def serve(
     repository: RepositoryPath = Path("model_repository"),
+    live: LiveFolder = None,
     http_port: Annotated[int, typer.Option(help="Port for HTTP.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Port for gRPC.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Port for Prometheus metrics.")] = 8002,
+    metrics_port: Annotated[int, typer.Option(help="Port for Triton's Prometheus metrics.")] = 8002,
+    wiring_port: WiringPort = 8003,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     log_file: Annotated[Path, typer.Option(help="Triton's log.")] = Path("logs/tritonserver.log"),
+    allow: Allowed = None,
+    keep: Kept = 20,
 ) -> None:
-    """Serve a model repository with the embedded Triton until Ctrl-C or SIGTERM."""
-    from serving.preflight import check_repository
+    """Serve a model repository with the embedded Triton until Ctrl-C or SIGTERM; heads that are dropped there, too."""
+    from serving.control import Control
+    from serving.service import Service, log_to
+    from serving.supervisor import serve_live
     from serving.triton import TritonServer
 
-    heads = check_repository(repository)
-    for folder in Repository(repository).head_folders():
-        if folder.name not in {head.model for head in heads}:
-            show.messages.print(f"{folder} is not wired into the ensemble; `espalier export` with its branch does it")
+    store = _live(repository, live)
     server = TritonServer(
-        repository, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
-    )
-    with show.waiting(f"starting Triton with {len(heads)} tasks") as status, server:
-        status.stop()
-        show.serving(server, heads)
-        server.wait()
+        store.models, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port,
+        metrics_port=metrics_port, ready_model=None, model_control="explicit",
+    )  # fmt: skip
+    service = Service(_wiring(repository, store, Control(server.grpc_url), allow, keep), host, wiring_port)
+    log_to(sys.stderr)
+    with show.waiting("starting Triton") as status:
+
+        def ready(done: "Pass") -> None:
+            status.stop()
+            with connect(server.grpc_url, http=False, timeout=30.0) as client:
+                heads = list(client.tasks().values()) if store.has_tasks() else []
+            show.serving(server, heads, done.status)
+
+        serve_live(server, service, ready)
+
+
+@app.command(epilog="Example: `espalier wire --repository /models --live /live --url triton:8001`")
+def wire(
+    repository: RepositoryPath = Path("model_repository"),
+    live: LiveFolder = None,
+    url: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")] = "localhost:8001",
+    wiring_port: WiringPort = 8003,
+    host: Annotated[str, typer.Option(help="Address to listen on for metrics.")] = "127.0.0.1",
+    allow: Allowed = None,
+    keep: Kept = 20,
+    once: Annotated[bool, typer.Option("--once", help="Wire what is there now, and end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Wire dropped heads into a Triton that runs elsewhere, in explicit mode, on LIVE/models; until Ctrl-C."""
+    from serving.control import Control
+    from serving.service import Service, log_to
+
+    store = _live(repository, live)
+    wiring = _wiring(repository, store, Control(url), allow, keep)
+    log_to(sys.stderr)
+    if once:
+        with show.waiting("wiring"):
+            done = wiring.settle()
+        if as_json:
+            _print_json(done.status.model_dump(mode="json"))
+        else:
+            show.status(done.status)
+        raise typer.Exit(int(any(entry.state == "refused" for entry in done.status.folders.values())))
+    service = Service(wiring, host, wiring_port)
+    show.messages.print(f"wiring {repository} into {url}; Ctrl-C stops", soft_wrap=True, highlight=False)
+    with stopping(service.stop):
+        service.run()
+
+
+@app.command(epilog="Example: `espalier history`")
+def history(
+    repository: RepositoryPath = Path("model_repository"), live: LiveFolder = None, as_json: Json = False
+) -> None:
+    """List what was served: each change of the ensemble that is kept, the newest first."""
+    states = _live(repository, live, must_exist=True).history()
+    if as_json:
+        _print_json([state.model_dump(mode="json") for state in states])
+    else:
+        show.history(states)
+
+
+@app.command(epilog="Example: `espalier rollback`, or `espalier rollback 12`")
+def rollback(
+    generation: Annotated[
+        int | None, typer.Argument(help="What to serve again, see espalier history. [default: before the last change]")
+    ] = None,
+    repository: RepositoryPath = Path("model_repository"),
+    live: LiveFolder = None,
+    url: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")] = "localhost:8001",
+    as_json: Json = False,
+) -> None:
+    """Serve again what was served before. What lies in the repository is passed over until its owner changes it."""
+    from serving.control import Control
+
+    wiring = _wiring(repository, _live(repository, live, must_exist=True), Control(url), None, None)
+    with show.waiting("rolling back"):
+        state = wiring.rollback(generation)
+    if as_json:
+        _print_json(state.model_dump(mode="json"))
+    else:
+        show.history([state])
+
+
+@app.command(epilog="Example: `espalier promote mrpc__candidate`")
+def promote(
+    candidate: Annotated[str, typer.Argument(help="The candidate, as TASK__NAME.")],
+    repository: RepositoryPath = Path("model_repository"),
+) -> None:
+    """Let a candidate and its task's head change places; the wiring serves them so within seconds."""
+    from espalier.contract import CANDIDATE, head_name
+    from espalier.files import exchange
+
+    task, mark, _ = candidate.partition(CANDIDATE)
+    if not mark:
+        raise SpecError(f"{candidate!r} is no candidate: its name is TASK{CANDIDATE}NAME")
+    folders = [repository / head_name(name) for name in (task, candidate)]
+    for folder in folders:
+        if not folder.is_dir():
+            raise SpecError(f"{folder}: there is no such head; see `espalier tasks`")
+    try:
+        exchange(*folders)
+    except OSError as error:
+        raise SpecError(
+            f"{folders[0]} and {folders[1]} cannot change places in one step ({error.strerror}); rename them by hand"
+        ) from error
+    show.messages.print(f"{folders[1]} and {folders[0]} changed places", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog='Example: `espalier ask "Wake me at 7:30" --task intent --task slots`')
@@ -409,21 +527,34 @@ def ask(
 def tasks(
     url: Url = None,
     http: Http = False,
+    wiring: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the wiring service. [default: port 8003 of the server's host]")
+    ] = None,
     repository: Annotated[Path | None, typer.Option(help="Look into this folder instead of asking a server.")] = None,
+    live: LiveFolder = None,
     as_json: Json = False,
 ) -> None:
-    """List what is deployed: task, kind, tap, layers, dev metric, fingerprint."""
+    """List the tasks: state, kind, tap, layers, dev metric, fingerprint; and why a folder is refused."""
     if repository is None:
+        from clients.status import PORT, wiring_status
+
         with connect(url, http, timeout=30.0) as client:
             heads: list[HeadInfo] = list(client.tasks().values())
+            place = wiring or f"{client.host}:{PORT}"
+        status, problem = wiring_status(place)
+        if problem and (wiring or not as_json):
+            show.messages.print(f"{problem}; folders that are refused are not listed", soft_wrap=True, highlight=False)
     elif repository.is_dir():
-        heads = Repository(repository).heads()
+        store = _live(repository, live)
+        heads, status = store.heads(), store.status()
+        if status is None:  # never wired: served as it is, or not yet
+            heads = Repository(repository).heads()
     else:
         raise SpecError(f"{repository}: there is no such model repository")
     if as_json:
-        _print_json([head.model_dump(mode="json") for head in heads])
+        _print_json(show.tasks_as_json(heads, status))
     else:
-        show.tasks(heads)
+        show.tasks(heads, status)
 
 
 @app.command(epilog="Example: `espalier evaluate sst2.yaml --split test --url localhost:8001`")
@@ -455,6 +586,50 @@ def evaluate(
         _print_json({"task": task.name, "split": split, "served": metrics, "metric": head.metric, **offline})
     else:
         show.evaluation(task.name, split, metrics, head)
+
+
+# --- of the wiring ----------------------------------------------------------------------------------------------
+
+
+def _live(repository: Path, live: Path | None, must_exist: bool = False) -> "Live":
+    """Return the live store of a repository."""
+    from serving.live import Live, live_folder
+
+    if not repository.is_dir():
+        raise SpecError(f"{repository}: there is no such model repository; `espalier export` writes one")
+    store = Live(live or live_folder(repository))
+    if must_exist and not store.models.is_dir():
+        raise SpecError(f"{store.path}: there is no such live store; `espalier serve` or `espalier wire` makes it")
+    return store
+
+
+def _wiring(repository: Path, live: "Live", control: "Control", allow: list[str] | None, keep: int | None) -> "Wiring":
+    from serving.live import HISTORY
+    from serving.wiring import Wiring
+
+    live.prepare()
+    wiring = Wiring(repository, live, control, frozenset(allow or ()), HISTORY if keep is None else keep)
+    wiring.inbox.look()  # says in one sentence what is wrong with the repository, before anything starts
+    return wiring
+
+
+@contextmanager
+def stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C call `stop`; afterwards end with the status that the signal has."""
+    came: list[int] = []
+
+    def hear(number: int, _frame: object) -> None:
+        came.append(number)
+        stop()
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise typer.Exit(128 + came[0])
 
 
 # --- shared by the commands and the demo ------------------------------------------------------------------------

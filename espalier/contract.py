@@ -193,6 +193,27 @@ class HeadInfo(_Info):
         return info
 
 
+class FolderStatus(BaseModel):
+    """What became of a folder of the repository, or of a task without one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: str  # serving, loading, refused
+    why: str = ""  # of what is refused, or still loading
+    served: bool = False  # whether the task is answered, by this content or by an earlier one
+    digest: str = ""
+    version: int | None = None
+
+
+class StatusFile(BaseModel):
+    """The states of all folders, by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation: int  # 0: nothing is served
+    folders: dict[str, FolderStatus]
+
+
 def head_name(task: str) -> str:
     """Return the model folder's name for `task`."""
     return f"head_{task}"

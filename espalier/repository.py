@@ -7,6 +7,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.configs import ensemble_generation, head_config, read_config
 from espalier.contract import (
+    CANDIDATE,
     CONFIG_FILE,
     ENSEMBLE,
     OFFSETS,
@@ -68,6 +69,22 @@ class Repository:
     def head_folders(self) -> list[Path]:
         """Return the folders of all heads, deployed or not."""
         return sorted(path for path in self.path.glob(f"{head_name('*')}") if path.is_dir())
+
+
+def adopted(config: pb.ModelConfig, folder: str) -> pb.ModelConfig:
+    """Return a head's config as the head of the task that its folder is named after.
+
+    A head of `mrpc` may be served as `mrpc__candidate` as it is, and the other way round.
+    """
+    slot = folder.removeprefix(head_name(""))
+    own = config.parameters["task"].string_value if "task" in config.parameters else ""
+    if own.partition(CANDIDATE)[0] != slot.partition(CANDIDATE)[0]:
+        raise ContractError(f"{folder}: the folder says it holds task {own!r}, so it must be named {head_name(own)}")
+    renamed = pb.ModelConfig()
+    renamed.CopyFrom(config)
+    renamed.name = folder
+    renamed.parameters["task"].string_value = slot
+    return renamed
 
 
 def check_head(config: pb.ModelConfig, trunk: Sequence[TrunkInfo]) -> HeadInfo:

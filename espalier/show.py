@@ -1,6 +1,6 @@
 """What people read: tables on standard output, messages and progress on standard error."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,13 +13,14 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from espalier.contract import HeadInfo, Structure
+from espalier.contract import FolderStatus, HeadInfo, StatusFile, Structure, head_name
 
 if TYPE_CHECKING:
     from clients import Answer, Answers, Span
     from espalier.branch import BranchCard
     from espalier.costs import Costs
     from export.repository import Exported
+    from serving.live import State
     from serving.triton import TritonServer
     from training.card import Card
     from training.search import Result
@@ -146,14 +147,22 @@ def exported(done: "Sequence[Exported]", repository: Path) -> None:
     output.print(table)
 
 
-def tasks(heads: Sequence[HeadInfo]) -> None:
-    """Print what is deployed."""
-    table = Table(box=None, padding=(0, 2, 0, 0))  # narrow: seven columns on a terminal of 80
-    for column in ("task", "kind", "text", "tap", "layers", "dev metric", "trunk"):
+def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None) -> None:
+    """Print what is deployed and, where the wiring tells of it, what became of each folder."""
+    table = Table(box=None, padding=(0, 2, 0, 0))  # narrow: eight columns on a terminal of 80
+    for column in ("task", "state", "kind", "text", "tap", "layers", "dev metric", "trunk"):
         table.add_column(column, no_wrap=True)
-    for head in sorted(heads, key=lambda head: head.task):
+    infos = {head.task: head for head in heads}
+    folders = status.folders if status else {}
+    for task in sorted({*infos, *(name.removeprefix(head_name("")) for name in folders)}):
+        head, entry = infos.get(task), folders.get(head_name(task), folders.get(task))
+        state = entry.state if entry else "serving"
+        if head is None:
+            table.add_row(task, state)
+            continue
         table.add_row(
-            head.task,
+            task,
+            state,
             head.kind if head.structure is Structure.SOFTMAX else f"{head.kind} ({head.structure})",
             "pair" if head.pair else "one",
             str(head.tap),
@@ -162,11 +171,54 @@ def tasks(heads: Sequence[HeadInfo]) -> None:
             head.fingerprint[:8],
         )
     output.print(table)
+    _reasons(folders)
 
 
-def serving(server: "TritonServer", heads: Sequence[HeadInfo]) -> None:
+def tasks_as_json(heads: Sequence[HeadInfo], status: StatusFile | None) -> list[dict[str, object]]:
+    """Return what `tasks` prints as plain values; a folder that is not served has its task, state and reason alone."""
+    folders = dict(status.folders) if status else {}
+    rows: list[dict[str, object]] = []
+    for head in sorted(heads, key=lambda head: head.task):
+        entry = folders.pop(head.model, None)
+        state = {"state": entry.state if entry else "serving", "why": entry.why if entry else ""}
+        rows.append({**head.model_dump(mode="json"), **state})
+    for name, entry in folders.items():
+        rows.append({"task": name.removeprefix(head_name("")), "state": entry.state, "why": entry.why})
+    return rows
+
+
+def status(status: StatusFile) -> None:
+    """Print the state of every folder of the repository."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("folder", "state", "version", "content"):
+        table.add_column(column, no_wrap=True)
+    for name, entry in status.folders.items():
+        table.add_row(name, entry.state, "" if entry.version is None else str(entry.version), entry.digest[:12])
+    output.print(table)
+    _reasons(status.folders)
+
+
+def _reasons(folders: Mapping[str, FolderStatus]) -> None:
+    for name, entry in folders.items():
+        if entry.why:
+            kept = "; the earlier one is served" if entry.served and entry.state == "refused" else ""
+            output.print(f"{name}: {entry.state}: {escape(entry.why)}{kept}", soft_wrap=True, highlight=False)
+
+
+def history(states: "Sequence[State]") -> None:
+    """Print what was served, the newest first."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("generation", "time (UTC)", "changes", "tasks"):
+        table.add_column(column)
+    for state in reversed(states):
+        when = state.time.strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(str(state.generation), when, escape(", ".join(state.changes)), escape(", ".join(state.heads)))
+    output.print(table)
+
+
+def serving(server: "TritonServer", heads: Sequence[HeadInfo], status: StatusFile) -> None:
     """Say that the server is up, and how to reach it."""
-    tasks(heads)
+    tasks(heads, status)
     output.print(
         f"gRPC [bold]{server.grpc_url}[/], HTTP [bold]{server.http_url}[/], metrics {server.metrics_url}, "
         f"log {escape(str(server.log_file))}; Ctrl-C stops",

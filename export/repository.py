@@ -14,10 +14,12 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from espalier.branch import Branch, BranchCard, check_trunk, load_branch, other_base
 from espalier.configs import ensemble_config, head_config, read_config, render, tokenizer_config, trunk_config
 from espalier.contract import (
+    CANDIDATE,
     CONFIG_FILE,
     ENSEMBLE,
     LABELS_FILE,
     MODEL_FILE,
+    SLOT_NAME,
     THREADS,
     TOKENIZER,
     TOKENIZER_FILE,
@@ -30,7 +32,7 @@ from espalier.contract import (
 from espalier.encoder import Base, load_base
 from espalier.errors import ExportError, FingerprintError
 from espalier.files import locked, whole_folder, write_whole
-from espalier.repository import Repository, check_head
+from espalier.repository import Repository, adopted, check_head
 from export.check import compare_head, compare_segment
 from export.models import head_model, segment_model
 from export.viterbi import word_table
@@ -55,12 +57,14 @@ def export(
     base: str | None = None,
     load: Callable[[str, str | None], Base] = load_base,
     report: Callable[[Exported], None] = lambda exported: None,
+    candidate: str | None = None,
 ) -> list[Exported]:
     """Add or replace the heads of `branches` in `repository`; heads of other tasks stay as they are, byte for byte.
 
     The trunk gets a segment end at every tap in use. `threads` is the intra-op pool of the trunk on the CPU target, by
     default what the deployed trunk has, or else ONNX Runtime's own default: the cores of the machine that serves.
-    `base` names the base where it is now, if not where the branches were trained.
+    `base` names the base where it is now, if not where the branches were trained. With a `candidate` the heads are
+    those of TASK__CANDIDATE, beside the tasks' own.
 
     Raises ExportError, BranchError or FingerprintError; whatever was not finished then is as it was before.
     """
@@ -75,12 +79,15 @@ def export(
     for path, _, card in loaded:
         if difference := other_base(path, card, branches[0], first):
             raise FingerprintError(f"{difference}; one repository has one trunk")
+    if candidate is not None and not SLOT_NAME.fullmatch(f"task{CANDIDATE}{candidate}"):
+        raise ExportError(f"a candidate cannot be named {candidate!r}: lower case letters and digits")
     found = load(base, None) if base else load(first.base, first.revision)
     for path, _, card in loaded:
         check_trunk(card, found, str(path))
     try:
         with _locked(repository):
-            return _Export(found, repository, target, threads, report).run([(b, c) for _, b, c in loaded])
+            made = _Export(found, repository, target, threads, report, candidate)
+            return made.run([(b, c) for _, b, c in loaded])
     except OSError as error:
         raise ExportError(
             f"{repository} cannot be written: {error.strerror or error}; the model folder at hand is as it was before"
@@ -114,12 +121,14 @@ def _clear(repository: Path) -> None:
 
 class _Export:
     def __init__(
-        self, base: Base, repository: Path, target: Target, threads: int | None, report: Callable[[Exported], None]
-    ) -> None:
+        self, base: Base, repository: Path, target: Target, threads: int | None, report: Callable[[Exported], None],
+        candidate: str | None,
+    ) -> None:  # fmt: skip
         self.base = base
         self.repository = repository
         self.target = target
         self.there = Repository(repository)
+        self.suffix = f"{CANDIDATE}{candidate}" if candidate else ""
         self.threads = threads or self._deployed_threads()
         self._fingerprint = functools.cache(base.fingerprint)  # a hash over all that is frozen: once per tap
         self.report = report
@@ -127,7 +136,7 @@ class _Export:
 
     def run(self, branches: list[tuple[Branch, BranchCard]]) -> list[Exported]:
         new = {card.spec.name: self._head_info(card) for _, card in branches}
-        configs = [read_config(folder) for folder in self.there.head_folders()]
+        configs = [adopted(read_config(folder), folder.name) for folder in self.there.head_folders()]
         kept = [config for config in configs if config.name not in {head.model for head in new.values()}]
         taps = {head.tap for head in new.values()} | {self._tap(config) for config in kept}
         trunk = [self._trunk_info(start, stop) for start, stop in segments_for(taps)]
@@ -183,7 +192,7 @@ class _Export:
 
     def _head_info(self, card: BranchCard) -> HeadInfo:
         return HeadInfo(
-            task=card.spec.name,
+            task=card.spec.name + self.suffix,
             kind=card.spec.kind,
             structure=card.spec.structure,
             tap=card.tap,

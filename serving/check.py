@@ -14,7 +14,6 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.configs import read_config
 from espalier.contract import (
-    CANDIDATE,
     CONFIG_FILE,
     LABELS_FILE,
     MODEL_FILE,
@@ -23,9 +22,9 @@ from espalier.contract import (
     HeadInfo,
     Kind,
     TrunkInfo,
-    head_name,
 )
 from espalier.errors import ContractError
+from espalier.repository import adopted
 
 BACKEND = "onnxruntime"
 
@@ -60,22 +59,6 @@ def check_files(folder: str, names: Sequence[str], version: int) -> None:
                 f"{folder} holds {name}; a head folder is data ({CONFIG_FILE}, {LABELS_FILE}, <version>/{MODEL_FILE}): "
                 f"remove that file, or have the wiring allow the folder by name (--allow {folder})"
             )
-
-
-def adopted(config: pb.ModelConfig, folder: str) -> pb.ModelConfig:
-    """Return a head's config as the head of the task that its folder is named after.
-
-    A head of `mrpc` may be served as `mrpc__candidate` as it is, and the other way round.
-    """
-    slot = folder.removeprefix(head_name(""))
-    own = config.parameters["task"].string_value if "task" in config.parameters else ""
-    if own.partition(CANDIDATE)[0] != slot.partition(CANDIDATE)[0]:
-        raise ContractError(f"{folder}: the folder says it holds task {own!r}, so it must be named {head_name(own)}")
-    renamed = pb.ModelConfig()
-    renamed.CopyFrom(config)
-    renamed.name = folder
-    renamed.parameters["task"].string_value = slot
-    return renamed
 
 
 def check_config(config: pb.ModelConfig) -> None:
@@ -113,7 +96,7 @@ def check_head_folder(folder: Path, name: str, version: int, allowed: bool) -> N
     if config.backend == BACKEND:
         check_onnx(folder / str(version) / MODEL_FILE, config)
     if info.kind is Kind.CLASSIFICATION:
-        _check_labels(folder, info)
+        check_labels(folder, info)
 
 
 def check_segment_folder(folder: Path, name: str, version: int) -> TrunkInfo:
@@ -169,7 +152,8 @@ def _names(types: "dict[str, int | None]") -> str:
     )
 
 
-def _check_labels(folder: Path, head: HeadInfo) -> None:
+def check_labels(folder: Path, head: HeadInfo) -> None:
+    """Raise ContractError if the labels file of a head is not the list in its config."""
     file = folder / LABELS_FILE
     where = f"{head.model}/{LABELS_FILE}"
     try:

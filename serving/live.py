@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.configs import read_config, write_config
-from espalier.contract import CONFIG_FILE, ENSEMBLE
+from espalier.contract import CONFIG_FILE, ENSEMBLE, HeadInfo, StatusFile
 from espalier.errors import WiringError
 from espalier.files import locked, write_whole
 
@@ -64,27 +64,6 @@ class State(BaseModel):
     def models(self) -> set[str]:
         """All models that the state needs, the ensemble aside."""
         return {self.tokenizer, *self.trunk, *(head.model for head in self.heads.values())}
-
-
-class Status(BaseModel):
-    """What became of a folder of the repository, or of a task without one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    state: str  # serving, loading, refused
-    why: str = ""  # of what is refused, or still loading
-    served: bool = False  # whether the task is answered, by this content or by an earlier one
-    digest: str = ""
-    version: int | None = None
-
-
-class StatusFile(BaseModel):
-    """The states of all folders, by name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    generation: int  # 0: nothing is served
-    folders: dict[str, Status]
 
 
 def live_folder(repository: Path) -> Path:
@@ -142,6 +121,19 @@ class Live:
 
     def _file(self, generation: int) -> Path:
         return self._history / f"{generation:06}.json"
+
+    def has_tasks(self) -> bool:
+        """Tell whether a task is served."""
+        state = self.state()
+        return state is not None and bool(state.heads)
+
+    def heads(self) -> list[HeadInfo]:
+        """Return what the served heads say of themselves, each under the task that it answers."""
+        state = self.state()
+        wired = state.heads if state else {}
+        return [
+            HeadInfo.read(self.config(head.model)).model_copy(update={"task": task}) for task, head in wired.items()
+        ]
 
     # --- models -----------------------------------------------------------------------------------------------------
 

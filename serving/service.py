@@ -13,8 +13,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from watchfiles import watch
 
+from espalier.contract import StatusFile
 from espalier.errors import ContractError, UnavailableError, WiringError
-from serving.live import StatusFile
 from serving.wiring import Pass, Wiring
 
 log = logging.getLogger("espalier.wiring")
@@ -86,7 +86,7 @@ class Service:
 
     def run(self, passed: Callable[[Pass], None] = lambda done: None) -> None:
         """Reconcile until `stop`; `passed` hears of every pass that went to its end."""
-        self._listen()
+        self.listen()
         watcher = threading.Thread(target=self._watch, name="espalier-watch", daemon=True)
         watcher.start()
         try:
@@ -120,6 +120,8 @@ class Service:
         self._last = time.monotonic()
         self.metrics.count(done)
         passed(done)
+        if done.change is not None:
+            return 0.0
         return self.wiring.inbox.settled / 2 if done.restless else POLL
 
     def _failed(self, reason: str, sentence: str) -> float:
@@ -148,8 +150,9 @@ class Service:
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        if self._port is None:
+    def listen(self) -> None:
+        """Answer over HTTP from now on; raise WiringError if the port is taken. Doing so twice is harmless."""
+        if self._port is None or self._http is not None:
             return
         try:
             self._http = make_server(self._host, self._port, self._application(), handler_class=_Quiet)

@@ -15,12 +15,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from espalier.configs import ensemble_config, ensemble_generation
-from espalier.contract import ENSEMBLE, SEGMENT_NAME, SLOT_NAME, TOKENIZER, HeadInfo, TrunkInfo, head_name
+from espalier.contract import (
+    ENSEMBLE,
+    SEGMENT_NAME,
+    SLOT_NAME,
+    TOKENIZER,
+    FolderStatus,
+    HeadInfo,
+    StatusFile,
+    TrunkInfo,
+    head_name,
+)
 from espalier.errors import ContractError, WiringError
+from espalier.repository import adopted
 from serving import check
 from serving.control import Control, Refused
 from serving.inbox import Content, Folder, Inbox, Restless, Signature, read_content
-from serving.live import HISTORY, Live, State, Status, StatusFile, Wired
+from serving.live import HISTORY, Live, State, Wired
 from serving.plan import TRUNK, Head, Segment, Target, Trunk, choose, find_chain
 
 log = logging.getLogger("espalier.wiring")
@@ -91,6 +102,15 @@ class Wiring:
         """
         with self.live.lock():
             return _Pass(self).run()
+
+    def settle(self) -> Pass:
+        """Do passes until everything is at rest and nothing is left to do; return the last."""
+        for _ in range(PATIENCE):
+            done = self.reconcile()
+            if not done.restless and done.change is None:
+                return done
+            time.sleep(self.inbox.settled / 2)
+        raise WiringError(f"{self.repository} keeps changing; wire it when nobody copies into it")
 
     def rollback(self, generation: int | None = None) -> State:
         """Serve again what was served in `generation`, by default before the last change.
@@ -166,7 +186,7 @@ class _Pass:
         chain = tuple(Segment(model, TrunkInfo.read(self.live.config(model))) for model in state.trunk)
         heads = {}
         for task, wired in state.heads.items():
-            config = check.adopted(self.live.config(wired.model), head_name(task))
+            config = adopted(self.live.config(wired.model), head_name(task))
             heads[task] = Head(wired.model, HeadInfo.read(config), config, wired.digest, wired.version)
         return Target(state.tokenizer, chain, heads)
 
@@ -285,7 +305,7 @@ class _Pass:
 
     def _head(self, name: str, model: str, content: Content, allowed: bool) -> Head:
         self._adopt(model, content, lambda made: check.check_head_folder(made, name, content.version, allowed))
-        config = check.adopted(self.live.config(model), name)
+        config = adopted(self.live.config(model), name)
         return Head(model, HeadInfo.read(config), config, content.digest, content.version)
 
     def _adopt(self, model: str, content: Content, check_made: Callable[[Path], object]) -> None:
@@ -490,7 +510,7 @@ class _Pass:
         self, served: Target | None, state: State | None, folders: Mapping[str, Folder | None],
         refused: Mapping[str, str], loading: set[str],
     ) -> StatusFile:  # fmt: skip
-        entries: dict[str, Status] = {}
+        entries: dict[str, FolderStatus] = {}
         heads = served.heads if served else {}
         overruled = self._still_overruled(state, folders)
         for name, folder in folders.items():
@@ -499,27 +519,29 @@ class _Pass:
             answered = task in heads
             known = {"digest": read.digest, "version": read.version} if read else {}
             if folder is None:
-                entry = Status(state="loading", why="its folder has gone", served=answered)
+                entry = FolderStatus(state="loading", why="its folder has gone", served=answered)
             elif not folder.settled or read is None:
-                entry = Status(state="loading", why="its folder is changing", served=answered)
+                entry = FolderStatus(state="loading", why="its folder is changing", served=answered)
             elif read.why or task in refused:
-                entry = Status(state="refused", why=read.why or refused[task], served=answered, **known)
+                entry = FolderStatus(state="refused", why=read.why or refused[task], served=answered, **known)
             elif task in overruled:
-                entry = Status(state="refused", why="it was rolled back from", served=answered, **known)
+                entry = FolderStatus(state="refused", why="it was rolled back from", served=answered, **known)
             elif task in loading:
-                entry = Status(state="loading", served=answered, **known)
+                entry = FolderStatus(state="loading", served=answered, **known)
             elif task and not (answered and heads[task].digest == read.digest):
-                entry = Status(state="loading", why="it waits for the trunk", served=answered, **known)
+                entry = FolderStatus(state="loading", why="it waits for the trunk", served=answered, **known)
             else:
-                entry = Status(state="serving", served=answered or not task, **known)
+                entry = FolderStatus(state="serving", served=answered or not task, **known)
             if task or entry.state != "serving":
                 entries[name] = entry
         for task in heads:
             if head_name(task) not in entries:
                 why = "rolled back: its folder is gone" if task in overruled else ""
-                entries[head_name(task)] = Status(state="serving", why=why, served=True, digest=heads[task].digest)
+                entries[head_name(task)] = FolderStatus(
+                    state="serving", why=why, served=True, digest=heads[task].digest
+                )
         if TRUNK in refused:
-            entries[TRUNK] = Status(state="refused", why=refused[TRUNK], served=True)
+            entries[TRUNK] = FolderStatus(state="refused", why=refused[TRUNK], served=True)
         status = StatusFile(generation=state.generation if state else 0, folders=dict(sorted(entries.items())))
         self.live.write_status(status)
         self.wiring.report(status)

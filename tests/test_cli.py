@@ -19,7 +19,10 @@ from espalier import cli
 from espalier.contract import Kind
 from serving.triton import TritonServer, free_ports
 
-COMMANDS = ("train", "distill", "search", "select", "card", "export", "serve", "ask", "tasks", "evaluate")
+COMMANDS = (
+    "train", "distill", "search", "select", "card", "export", "serve", "wire", "history", "rollback", "promote", "ask",
+    "tasks", "evaluate",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -252,7 +255,7 @@ def test_a_path_that_is_not_there(command: tuple[str, ...], espalier, tmp_path: 
 
 
 def test_every_command_in_the_readme_exists() -> None:
-    pages = ("README.md", "docs/snips.md", "docs/training.md")
+    pages = ("README.md", "docs/snips.md", "docs/training.md", "docs/live.md")
     readme = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
     used = set(re.findall(r"^espalier (\w+)", readme, flags=re.MULTILINE))
     assert used == set(COMMANDS)

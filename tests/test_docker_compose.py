@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from espalier import cli
 from espalier.contract import ENSEMBLE, TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +25,11 @@ def services() -> dict[str, Any]:
 
 
 def test_every_path_exists(services: dict[str, Any]) -> None:
-    paths = [service["build"] for service in services.values() if "build" in service]
+    builds = [service["build"] for service in services.values() if "build" in service]
+    paths = [build if isinstance(build, str) else build["dockerfile"] for build in builds]
     paths += [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
-    assert paths
+    paths.remove("live")
+    paths.remove("live")
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert (ROOT / services["triton"]["build"] / "Dockerfile").is_file()
 
@@ -48,23 +52,36 @@ def test_perf_uses_the_sdk_image_of_the_same_release(services: dict[str, Any]) -
 
 def test_ports_are_open_to_this_machine_alone(services: dict[str, Any]) -> None:
     assert services["triton"]["ports"] == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002)]
+    assert services["wiring"]["ports"] == ["127.0.0.1:8003:8003"]
     assert "ports" not in services["perf"]
     assert not any("network_mode" in service for service in services.values())
 
 
-def test_mounts_are_read_only(services: dict[str, Any]) -> None:
+def test_only_the_wiring_writes_and_only_into_the_live_store(services: dict[str, Any]) -> None:
     volumes = [volume for service in services.values() for volume in service["volumes"]]
-    assert all(volume.endswith(":ro") for volume in volumes)
-    assert services["triton"]["volumes"] == ["./model_repository:/models:ro"]
+    assert [volume for volume in volumes if not volume.endswith(":ro")] == ["live:/live"]
+    assert services["wiring"]["volumes"] == ["./model_repository:/models:ro", "live:/live"]
+    assert services["triton"]["volumes"] == ["live:/live:ro"]
+
+
+def test_triton_reads_what_the_wiring_writes(services: dict[str, Any]) -> None:
+    options = services["triton"]["command"]
+    assert "--model-repository=/live/models" in options
+    assert "--model-control-mode=explicit" in options
+    command = services["wiring"]["command"]
+    assert command[:2] == ["espalier", "wire"]
+    context, params = CliRunner().invoke(cli.app, [*command[1:], "--help"]), command[2:]
+    assert context.exit_code == 0
+    assert "--url=triton:8001" in params
+    assert "--live=/live" in params
 
 
 def test_server_has_a_gpu_memory_pools_and_a_health_check(services: dict[str, Any]) -> None:
     triton = services["triton"]
-    assert "--model-repository=/models" in triton["command"]
     assert any(option.startswith("--pinned-memory-pool-byte-size=") for option in triton["command"])
     assert any(option.startswith("--cuda-memory-pool-byte-size=0:") for option in triton["command"])
     assert triton["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
-    assert "/v2/health/ready" in triton["healthcheck"]["test"][-1]
+    assert f"/v2/models/{ENSEMBLE}/ready" in triton["healthcheck"]["test"][-1]
     assert triton["restart"] == "unless-stopped"
     assert triton["shm_size"]
 
