@@ -535,6 +535,7 @@ def tasks(
     as_json: Json = False,
 ) -> None:
     """List the tasks: state, kind, tap, layers, dev metric, fingerprint; and why a folder is refused."""
+    state = "serving"
     if repository is None:
         from clients.status import PORT, wiring_status
 
@@ -548,13 +549,13 @@ def tasks(
         store = _live(repository, live)
         heads, status = store.heads(), store.status()
         if status is None:  # never wired: served as it is, or not yet
-            heads = Repository(repository).heads()
+            heads, state = Repository(repository).heads(), "exported"
     else:
         raise SpecError(f"{repository}: there is no such model repository")
     if as_json:
-        _print_json(show.tasks_as_json(heads, status))
+        _print_json(show.tasks_as_json(heads, status, state))
     else:
-        show.tasks(heads, status)
+        show.tasks(heads, status, state)
 
 
 @app.command(epilog="Example: `espalier evaluate sst2.yaml --split test --url localhost:8001`")

@@ -147,8 +147,8 @@ def exported(done: "Sequence[Exported]", repository: Path) -> None:
     output.print(table)
 
 
-def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None) -> None:
-    """Print what is deployed and, where the wiring tells of it, what became of each folder."""
+def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None, state: str = "serving") -> None:
+    """Print what is deployed and, where the wiring tells of it, what became of each folder; the others have `state`."""
     table = Table(box=None, padding=(0, 2, 0, 0))  # narrow: eight columns on a terminal of 80
     for column in ("task", "state", "kind", "text", "tap", "layers", "dev metric", "trunk"):
         table.add_column(column, no_wrap=True)
@@ -156,13 +156,13 @@ def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None) -> None:
     folders = status.folders if status else {}
     for task in sorted({*infos, *(name.removeprefix(head_name("")) for name in folders)}):
         head, entry = infos.get(task), folders.get(head_name(task), folders.get(task))
-        state = entry.state if entry else "serving"
+        own = entry.state if entry else state
         if head is None:
-            table.add_row(task, state)
+            table.add_row(task, own)
             continue
         table.add_row(
             task,
-            state,
+            own,
             head.kind if head.structure is Structure.SOFTMAX else f"{head.kind} ({head.structure})",
             "pair" if head.pair else "one",
             str(head.tap),
@@ -174,14 +174,16 @@ def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None) -> None:
     _reasons(folders)
 
 
-def tasks_as_json(heads: Sequence[HeadInfo], status: StatusFile | None) -> list[dict[str, object]]:
+def tasks_as_json(
+    heads: Sequence[HeadInfo], status: StatusFile | None, state: str = "serving"
+) -> list[dict[str, object]]:
     """Return what `tasks` prints as plain values; a folder that is not served has its task, state and reason alone."""
     folders = dict(status.folders) if status else {}
     rows: list[dict[str, object]] = []
     for head in sorted(heads, key=lambda head: head.task):
         entry = folders.pop(head.model, None)
-        state = {"state": entry.state if entry else "serving", "why": entry.why if entry else ""}
-        rows.append({**head.model_dump(mode="json"), **state})
+        own = {"state": entry.state if entry else state, "why": entry.why if entry else ""}
+        rows.append({**head.model_dump(mode="json"), **own})
     for name, entry in folders.items():
         rows.append({"task": name.removeprefix(head_name("")), "state": entry.state, "why": entry.why})
     return rows

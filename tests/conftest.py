@@ -1,6 +1,7 @@
 """Shared by the tests: the packaged base, small branches (of each kind, and one with a CRF), one real Triton."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 
 from demo.generate import generate
+from espalier import cli
 from espalier.branch import Branch, BranchCard, load_branch, save_branch
 from espalier.contract import Structure
 from espalier.crf import CRF
@@ -175,3 +177,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_checkpoint: Path) -> Base:
     return load_base(str(tiny_checkpoint))
+
+
+@pytest.fixture
+def espalier(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; return its exit status, output and messages."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["espalier", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

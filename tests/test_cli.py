@@ -25,24 +25,6 @@ COMMANDS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def espalier(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run the command line in this process; return its exit status, output and messages."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["espalier", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 def one_sentence(result: tuple[int, str, str]) -> str:
     """Return the error of a failed run, which printed nothing else."""
     status, out, messages = result
@@ -91,7 +73,7 @@ def test_a_task_goes_from_spec_to_repository(espalier, tiny_checkpoint: Path, tm
 
     status, out, _ = espalier("tasks", "--repository", repository)
     assert status == 0
-    assert re.search(r"colour +classification +one +1 +1 +accuracy 0\.\d+ +[0-9a-f]{8}", out)
+    assert re.search(r"colour +exported +classification +one +1 +1 +accuracy 0\.\d+ +[0-9a-f]{8}", out)
 
 
 @pytest.mark.server
@@ -161,11 +143,12 @@ def test_unknown_task_and_missing_server_are_one_sentence(espalier, server: Trit
 @pytest.mark.server
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_serve_says_where_it_is_and_stops(stop: signal.Signals, repository: Path, tmp_path: Path) -> None:
-    http, grpc, metrics = map(str, free_ports(3))
+    http, grpc, metrics, wiring = map(str, free_ports(4))
     process = subprocess.Popen(
         [
             Path(sys.executable).parent / "espalier", "serve", "--repository", repository, "--http-port", http,
-            "--grpc-port", grpc, "--metrics-port", metrics, "--log-file", tmp_path / "log",
+            "--grpc-port", grpc, "--metrics-port", metrics, "--wiring-port", wiring, "--log-file", tmp_path / "log",
+            "--live", tmp_path / "live",
         ],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -228,13 +211,22 @@ def test_a_base_that_is_not_there(espalier, tmp_path: Path) -> None:
     assert "none" in error
 
 
-def test_a_truncated_onnx_file_is_not_served(espalier, repository: Path, tmp_path: Path) -> None:
+@pytest.mark.server
+def test_a_repository_of_which_nothing_can_be_served_is_one_sentence(repository: Path, tmp_path: Path) -> None:
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy)
-    model = copy / "head_intent" / "1" / "model.onnx"
-    os.truncate(model, 10_000)
-    error = one_sentence(espalier("serve", "--repository", copy, "--log-file", tmp_path / "log"))
-    assert "head_intent/1/model.onnx is not a whole ONNX file" in error
+    os.truncate(copy / "trunk_0_3" / "1" / "model.onnx", 10_000)
+    http, grpc, metrics, wiring = map(str, free_ports(4))
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "espalier", "serve", "--repository", copy, "--http-port", http,
+            "--grpc-port", grpc, "--metrics-port", metrics, "--wiring-port", wiring, "--log-file", tmp_path / "log",
+        ],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "trunk_0_3/1/model.onnx is not a whole ONNX file" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_taken_port_is_named(espalier, repository: Path, tmp_path: Path) -> None:
