@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve glue test lint help
+.PHONY: demo serve glue live-check test lint help
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -24,6 +24,9 @@ serve: $(STAMP)  ## serve model_repository/ until Ctrl-C
 
 glue: $(STAMP)  ## train, serve and score GLUE (hours on a CPU; goes on where it stopped): make glue [DATA=FOLDER]
 	$(BIN)/python -m benchmarks.glue $(if $(DATA),--data $(DATA))
+
+live-check: $(STAMP)  ## change tasks under load, kill the wiring and Triton, count what failed; writes docs/live.json
+	$(BIN)/python -m benchmarks.live
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
