@@ -59,6 +59,10 @@ class _StaleError(RequestError):
     """A reply does not fit the catalogue; the message says how."""
 
 
+class _OtherGenerationError(Exception):
+    """The reply is another generation's than the catalogue, and may be gone again."""
+
+
 class Conversation:
     """The calls behind each of the clients' methods, and the catalogue that they share.
 
@@ -82,12 +86,14 @@ class Conversation:
         for _ in range(READINGS):
             try:
                 return (yield from _ask(catalogue, batches, tasks))
+            except _OtherGenerationError:
+                pass
             except (UnavailableError, DeadlineError):
                 raise
             except RequestError:
                 if (yield from self._is_current(catalogue)):
                     raise
-                catalogue = yield from self._read()
+            catalogue = yield from self._read()
         raise RequestError(f"the server's tasks changed {READINGS} times while it was asked; ask again")
 
     def _read(self) -> Program[Catalogue]:
@@ -178,9 +184,7 @@ def _ask(catalogue: Catalogue, batches: Sequence[_Batch], tasks: Sequence[str] |
         for part in batch.parts(catalogue.max_batch_size):
             reply: Reply = yield Infer(part.texts, outputs)
             if reply.generation != catalogue.generation:
-                raise _StaleError(
-                    f"{ENSEMBLE} tells of generation {catalogue.generation}, but {reply.generation} answers"
-                )
+                raise _OtherGenerationError
             answers.update(zip(part.places, parse(part.items, infos, reply.arrays), strict=True))
     return [answers[place] for place in sorted(answers)]
 

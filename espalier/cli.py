@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from espalier import __version__, show
 from espalier.contract import HeadInfo, Target
-from espalier.errors import EspalierError, SpecError
+from espalier.errors import EspalierError, RequestError, SpecError
 from espalier.repository import Repository
 
 if TYPE_CHECKING:
@@ -401,9 +401,7 @@ def serve(
 
         def ready(done: "Pass") -> None:
             status.stop()
-            with connect(server.grpc_url, http=False, timeout=30.0) as client:
-                heads = list(client.tasks().values()) if store.has_tasks() else []
-            show.serving(server, heads, done.status)
+            show.serving(server, store.heads(), done.status)
 
         serve_live(server, service, ready)
 
@@ -461,12 +459,13 @@ def rollback(
     repository: RepositoryPath = Path("model_repository"),
     live: LiveFolder = None,
     url: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")] = "localhost:8001",
+    allow: Allowed = None,
     as_json: Json = False,
 ) -> None:
     """Serve again what was served before. What lies in the repository is passed over until its owner changes it."""
     from serving.control import Control
 
-    wiring = _wiring(repository, _live(repository, live, must_exist=True), Control(url), None, None)
+    wiring = _wiring(repository, _live(repository, live, must_exist=True), Control(url), allow, None)
     with show.waiting("rolling back"):
         state = wiring.rollback(generation)
     if as_json:
@@ -540,11 +539,16 @@ def tasks(
         from clients.status import PORT, wiring_status
 
         with connect(url, http, timeout=30.0) as client:
-            heads: list[HeadInfo] = list(client.tasks().values())
-            place = wiring or f"{client.host}:{PORT}"
-        status, problem = wiring_status(place)
-        if problem and (wiring or not as_json):
-            show.messages.print(f"{problem}; folders that are refused are not listed", soft_wrap=True, highlight=False)
+            status, problem = wiring_status(wiring or f"{client.host}:{PORT}")
+            if problem and (wiring or not as_json):
+                said = f"{problem}; folders that are refused are not listed"
+                show.messages.print(said, soft_wrap=True, highlight=False)
+            try:
+                heads: list[HeadInfo] = list(client.tasks().values())
+            except RequestError:
+                if status is None or any(entry.served for entry in status.folders.values()):
+                    raise
+                heads = []  # nothing is served; the wiring tells why
     elif repository.is_dir():
         store = _live(repository, live)
         heads, status = store.heads(), store.status()
@@ -605,11 +609,10 @@ def _live(repository: Path, live: Path | None, must_exist: bool = False) -> "Liv
 
 
 def _wiring(repository: Path, live: "Live", control: "Control", allow: list[str] | None, keep: int | None) -> "Wiring":
-    from serving.live import HISTORY
     from serving.wiring import Wiring
 
     live.prepare()
-    wiring = Wiring(repository, live, control, frozenset(allow or ()), HISTORY if keep is None else keep)
+    wiring = Wiring(repository, live, control, frozenset(allow or ()), keep)
     wiring.inbox.look()  # says in one sentence what is wrong with the repository, before anything starts
     return wiring
 

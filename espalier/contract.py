@@ -151,6 +151,7 @@ class HeadInfo(_Info):
     pair: bool  # trained on sentence pairs
     fingerprint: str  # of the frozen part up to the tap, tokenizer included
     branch_digest: str
+    model_digest: str  # of the ONNX file
     metric: str
     score: float  # dev metric of the branch
 

@@ -31,11 +31,11 @@ from espalier.contract import (
 )
 from espalier.encoder import Base, load_base
 from espalier.errors import ExportError, FingerprintError
-from espalier.files import locked, whole_folder, write_whole
+from espalier.files import digest, locked, whole_folder, write_whole
 from espalier.repository import Repository, adopted, check_head
 from export.check import compare_head, compare_segment
 from export.models import head_model, segment_model
-from export.viterbi import word_table
+from export.viterbi import Words, word_table
 
 VERSION = "1"
 
@@ -135,7 +135,8 @@ class _Export:
         self.done: list[Exported] = []
 
     def run(self, branches: list[tuple[Branch, BranchCard]]) -> list[Exported]:
-        new = {card.spec.name: self._head_info(card) for _, card in branches}
+        models = {card.spec.name: self._head_model(branch, card) for branch, card in branches}
+        new = {card.spec.name: self._head_info(card, models[card.spec.name]) for _, card in branches}
         configs = [adopted(read_config(folder), folder.name) for folder in self.there.head_folders()]
         kept = [config for config in configs if config.name not in {head.model for head in new.values()}]
         taps = {head.tap for head in new.values()} | {self._tap(config) for config in kept}
@@ -147,7 +148,7 @@ class _Export:
         for info in trunk:
             self._segment(info)
         for branch, card in branches:
-            self._head(branch, new[card.spec.name])
+            self._head(branch, new[card.spec.name], models[card.spec.name])
         self._ensemble(trunk, heads)
         for folder in self.there.segment_folders():
             if folder.name not in {info.model for info in trunk}:
@@ -190,7 +191,7 @@ class _Export:
             fingerprint=self._fingerprint(stop),
         )
 
-    def _head_info(self, card: BranchCard) -> HeadInfo:
+    def _head_info(self, card: BranchCard, model: bytes) -> HeadInfo:
         return HeadInfo(
             task=card.spec.name + self.suffix,
             kind=card.spec.kind,
@@ -203,6 +204,7 @@ class _Export:
             pair=card.spec.pair,
             fingerprint=card.fingerprint,
             branch_digest=card.digest,
+            model_digest=digest(model),
             metric=card.spec.metric,
             score=round(card.score, 6),
         )
@@ -230,10 +232,14 @@ class _Export:
             lambda: compare_segment(model, info.model, encoder, info.start, info.stop, self.target),
         )
 
-    def _head(self, branch: Branch, info: HeadInfo) -> None:
-        encoder = self.base.encoder
-        words = None if branch.crf is None else word_table(self.base.tokenizer, encoder.config.vocab_size)
-        model = head_model(branch, info.task, self.target, words)
+    def _words(self, branch: Branch) -> Words | None:
+        return None if branch.crf is None else word_table(self.base.tokenizer, self.base.config.vocab_size)
+
+    def _head_model(self, branch: Branch, card: BranchCard) -> bytes:
+        return head_model(branch, card.spec.name, self.target, self._words(branch))
+
+    def _head(self, branch: Branch, info: HeadInfo, model: bytes) -> None:
+        encoder, words = self.base.encoder, self._words(branch)
         content = {CONFIG_FILE: render(head_config(info, self.target)).encode(), f"{VERSION}/{MODEL_FILE}": model}
         if info.labels:
             content[LABELS_FILE] = "".join(f"{label}\n" for label in info.labels).encode()

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto
 from tritonclient.grpc import model_config_pb2 as pb
 
-from espalier.configs import read_config
+from espalier.configs import head_config, read_config
 from espalier.contract import (
     CONFIG_FILE,
     LABELS_FILE,
@@ -21,10 +21,13 @@ from espalier.contract import (
     TOKENIZER_FILE,
     HeadInfo,
     Kind,
+    Target,
     TrunkInfo,
 )
 from espalier.errors import ContractError
+from espalier.files import digest
 from espalier.repository import adopted
+from serving.inbox import is_version
 
 BACKEND = "onnxruntime"
 
@@ -32,11 +35,8 @@ _DATA = re.compile(r"\d+/.+\.(onnx|data|bin)|config\.pbtxt|labels\.txt")
 """Files of a head that are served."""
 _NOTES = re.compile(r".+\.(md|txt|json|png|yaml)")
 """Files that may lie beside them, and are left where they are."""
-_FIELDS = {
-    "name", "platform", "backend", "max_batch_size", "input", "output", "batch_input", "batch_output",
-    "instance_group", "dynamic_batching", "default_model_filename", "parameters", "version_policy",
-}  # fmt: skip
-"""Fields of a config that a head may set. Others name libraries, files or agents for the server to load."""
+_INSTANCES, _DELAY, _THREADS = 4, 1_000_000, 64
+"""Most instances, microseconds in the queue and threads that a head may ask for."""
 _TYPES = {
     TensorProto.FLOAT: pb.TYPE_FP32, TensorProto.FLOAT16: pb.TYPE_FP16, TensorProto.INT64: pb.TYPE_INT64,
     TensorProto.INT32: pb.TYPE_INT32,
@@ -52,8 +52,8 @@ def check_files(folder: str, names: Sequence[str], version: int) -> None:
     """Raise ContractError if a head folder holds a file that is neither data nor a note."""
     for name in names:
         part = PurePosixPath(name).parts[0]
-        if part.isdigit() and int(part) != version:
-            continue  # an older version
+        if PurePosixPath(name).name.startswith(".") or (is_version(part) and int(part) != version):
+            continue  # a copy that is under way, or an older version
         if not _DATA.fullmatch(name) and not _NOTES.fullmatch(name):
             raise ContractError(
                 f"{folder} holds {name}; a head folder is data ({CONFIG_FILE}, {LABELS_FILE}, <version>/{MODEL_FILE}): "
@@ -62,26 +62,51 @@ def check_files(folder: str, names: Sequence[str], version: int) -> None:
 
 
 def check_config(config: pb.ModelConfig) -> None:
-    """Raise ContractError if a head's config asks for more than running its ONNX file."""
+    """Raise ContractError unless a head's config is the one that export writes, but for a few limits.
+
+    A head may set its instances, its queue and its threads; anything else could make the server load or run something
+    on its behalf, or disturb the others.
+    """
     where = f"{config.name}/{CONFIG_FILE}"
-    if config.backend != BACKEND or config.platform not in ("", "onnxruntime_onnx"):
-        other = config.backend if config.backend != BACKEND else config.platform
-        raise ContractError(
-            f"{where} asks for the backend {other!r}; a head is served by {BACKEND} alone, unless the wiring allows "
-            f"the folder by name (--allow {config.name})"
-        )
-    for field, _ in config.ListFields():
-        if field.name not in _FIELDS:
-            raise ContractError(
-                f"{where} sets {field.name}, which a head may not; remove it, or have the wiring allow the folder by "
-                f"name (--allow {config.name})"
-            )
-    known = {*HeadInfo.model_fields, THREADS}
-    for name in config.parameters:
-        if name not in known:
-            raise ContractError(f"{where} has the parameter {name!r}, which a head may not; remove it")
-    if config.default_model_filename not in ("", MODEL_FILE):
-        raise ContractError(f"{where} names the file {config.default_model_filename!r}; a head's is {MODEL_FILE}")
+    info = HeadInfo.read(config)
+    have = pb.ModelConfig()
+    have.CopyFrom(config)
+    for group in have.instance_group:
+        if not 0 <= group.count <= _INSTANCES:
+            raise ContractError(f"{where} asks for {group.count} instances; a head may have up to {_INSTANCES}")
+        group.count = 1
+    if have.dynamic_batching.max_queue_delay_microseconds > _DELAY:
+        raise ContractError(f"{where} lets requests wait longer than {_DELAY // 1_000_000} s; lower the queue delay")
+    have.dynamic_batching.ClearField("max_queue_delay_microseconds")
+    have.dynamic_batching.ClearField("preferred_batch_size")
+    threads = _value(have, THREADS)
+    if threads is not None and not (threads.isascii() and threads.isdigit() and 1 <= int(threads) <= _THREADS):
+        raise ContractError(f"{where} asks for {threads!r} threads; a head may have 1 to {_THREADS}")
+    have.parameters.pop(THREADS, None)
+    expected = []
+    for target in Target:
+        want = head_config(info, target)
+        want.parameters.pop(THREADS, None)
+        if have == want:
+            return
+        expected.append(want)
+    want = min(expected, key=lambda other: len(_differences(have, other)))
+    raise ContractError(
+        f"{where} sets {', '.join(_differences(have, want))} otherwise than the contract; export the head again, or "
+        f"have the wiring allow the folder by name (--allow {config.name})"
+    )
+
+
+def _differences(have: pb.ModelConfig, want: pb.ModelConfig) -> list[str]:
+    """Return the names of the fields, and of the parameters, in which two configs differ."""
+    fields = {field.name for config in (have, want) for field, _ in config.ListFields()}
+    names = [name for name in sorted(fields - {"parameters"}) if getattr(have, name) != getattr(want, name)]
+    keys = {*have.parameters, *want.parameters}
+    return names + [f"parameter {k}" for k in sorted(keys) if _value(have, k) != _value(want, k)]
+
+
+def _value(config: pb.ModelConfig, key: str) -> str | None:
+    return config.parameters[key].string_value if key in config.parameters else None
 
 
 def check_head_folder(folder: Path, name: str, version: int, allowed: bool) -> None:
@@ -90,23 +115,28 @@ def check_head_folder(folder: Path, name: str, version: int, allowed: bool) -> N
     Raises ContractError. Of an `allowed` folder it does not matter what the server executes for it.
     """
     config = adopted(read_config(folder), name)
-    if not allowed:
-        check_config(config)
     info = HeadInfo.read(config)
-    if config.backend == BACKEND:
-        check_onnx(folder / str(version) / MODEL_FILE, config)
     if info.kind is Kind.CLASSIFICATION:
         check_labels(folder, info)
+    model = folder / str(version) / MODEL_FILE
+    if config.backend == BACKEND:
+        check_onnx(model, config)
+    if allowed:
+        return
+    check_config(config)
+    if digest(model.read_bytes()) != info.model_digest:
+        raise ContractError(
+            f"{name}/{version}/{MODEL_FILE} is not the file that {CONFIG_FILE} was written for; copy the whole folder"
+        )
 
 
-def check_segment_folder(folder: Path, name: str, version: int) -> TrunkInfo:
-    """Check the content of the trunk segment `name` and return what it says."""
+def check_segment_folder(folder: Path, name: str, version: int) -> None:
+    """Check the content of the trunk segment `name`."""
     config = read_config(folder)
     info = TrunkInfo.read(config)
     if info.model != name:
         raise ContractError(f"{name}: the folder says it holds {info.model}; name it so")
     check_onnx(folder / str(version) / MODEL_FILE, config)
-    return info
 
 
 def check_tokenizer_folder(folder: Path, version: int) -> None:
@@ -138,6 +168,8 @@ def check_onnx(model: Path, config: pb.ModelConfig) -> None:
             raise ContractError(f"{where} gives no output {tensor.name!r}; export it again")
         shape = outputs[tensor.name].shape.dim
         width = shape[-1].dim_value if shape else 0
+        if not tensor.dims:
+            raise ContractError(f"{where}: its config gives {tensor.name!r} no dims; export it again")
         if _TYPES.get(outputs[tensor.name].elem_type) != tensor.data_type or (width and width != tensor.dims[-1]):
             raise ContractError(
                 f"{where} gives {tensor.name!r} with {width or 'any number of'} values, but its config says "
@@ -146,10 +178,12 @@ def check_onnx(model: Path, config: pb.ModelConfig) -> None:
 
 
 def _names(types: "dict[str, int | None]") -> str:
-    return ", ".join(
-        f"{name} {pb.DataType.Name(of).removeprefix('TYPE_') if of is not None else 'of another type'}"
-        for name, of in sorted(types.items())
-    )
+    return ", ".join(f"{name} {_type(of)}" for name, of in sorted(types.items()))
+
+
+def _type(of: int | None) -> str:
+    known = of is not None and of in pb.DataType.values()
+    return str(pb.DataType.Name(of)).removeprefix("TYPE_") if known else "of another type"
 
 
 def check_labels(folder: Path, head: HeadInfo) -> None:

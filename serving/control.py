@@ -1,10 +1,11 @@
 """Triton's model repository API (docs/protocol/extension_model_repository.md), and smoke inference, over gRPC.
 
-No call has a deadline: the embedded Triton 2.51 dies of a cancelled request. A host that went away is noticed by
-keep-alive pings.
+No call is ever cancelled: the embedded Triton 2.51 dies of that. A smoke inference that takes too long is left to run,
+and counts as refused.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from espalier.contract import ENSEMBLE, OFFSETS, TEXT, HeadInfo, Kind, Structure, TrunkInfo
+from espalier.contract import OFFSETS, TEXT, HeadInfo, Kind, Structure, TrunkInfo
 from espalier.errors import UnavailableError, WiringError
 
 Array = npt.NDArray[Any]
@@ -28,14 +29,15 @@ _CHANNEL = [
     ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
 ]
 
 
-class Refused(Exception):
-    """Triton said no; the message is its reason, on one line."""
+PATIENCE = 60.0
+"""Seconds for one smoke inference."""
+
+
+class Refused(WiringError):
+    """Triton said no, or what it answers cannot be right; the message is the reason, on one line."""
 
 
 class Control:
@@ -48,13 +50,6 @@ class Control:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
-
-    def is_live(self) -> bool:
-        """Tell whether the server answers."""
-        try:
-            return bool(self._client.is_server_live())
-        except InferenceServerException:
-            return False
 
     def index(self) -> dict[str, bool]:
         """Return the models that the server knows or sees in its repository, and whether each is ready."""
@@ -85,7 +80,16 @@ class Control:
         except InferenceServerException as error:
             if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"):
                 raise UnavailableError(f"{self.url} is unavailable: {_line(error.message())}") from error
+            if not self._is_live():  # a server that is going down gives all kinds of reasons
+                raise UnavailableError(f"{self.url} is unavailable: {_line(error.message())}") from error
             raise Refused(_line(error.message())) from error
+
+    def _is_live(self) -> bool:
+        """Tell whether the server answers."""
+        try:
+            return bool(self._client.is_server_live())
+        except InferenceServerException:
+            return False
 
     def _infer(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         tensors = []
@@ -94,7 +98,16 @@ class Control:
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
         wanted = [triton.InferRequestedOutput(name) for name in outputs]
-        result = self._call(self._client.infer, model, tensors, outputs=wanted)
+        answered: Future[Any] = Future()
+
+        def done(result: Any, error: InferenceServerException | None) -> None:
+            answered.set_result(result) if error is None else answered.set_exception(error)
+
+        self._call(self._client.async_infer, model, tensors, done, outputs=wanted)
+        try:
+            result = self._call(answered.result, PATIENCE)
+        except TimeoutError as error:
+            raise Refused(f"{model} did not answer within {PATIENCE:g} s") from error
         return {name: result.as_numpy(name) for name in outputs}
 
     # --- smoke inference --------------------------------------------------------------------------------------------
@@ -111,18 +124,18 @@ class Control:
             answer = self._infer(model, inputs, [info.output])[info.output]
             _check_answer(info, answer, length)
 
-    def try_ensemble(self, heads: Mapping[str, HeadInfo]) -> None:
-        """Ask the ensemble every task, each alone and all together; raise Refused if an answer cannot be right."""
+    def try_ensemble(self, name: str, heads: Mapping[str, HeadInfo]) -> None:
+        """Ask the ensemble `name` every task, alone and all together; raise Refused if an answer cannot be right."""
         for text in _TEXTS:
             rows = np.array([[text.encode()]], np.object_)
-            self._check(rows, heads)
+            self._check(name, rows, heads)
         rows = np.array([[text.encode() for text in _TEXTS[:2]]], np.object_)
-        self._check(rows, heads)
+        self._check(name, rows, heads)
         for task, info in heads.items():
-            self._check(rows, {task: info})
+            self._check(name, rows, {task: info})
 
-    def _check(self, rows: Array, heads: Mapping[str, HeadInfo]) -> None:
-        answers = self._infer(ENSEMBLE, {TEXT: rows}, [*heads, OFFSETS])
+    def _check(self, name: str, rows: Array, heads: Mapping[str, HeadInfo]) -> None:
+        answers = self._infer(name, {TEXT: rows}, [*heads, OFFSETS])
         tokens = answers[OFFSETS].shape[1]
         for task, info in heads.items():
             _check_answer(info, answers[task], tokens)
@@ -145,11 +158,6 @@ def triton_type(array: Array) -> str:
     """Return Triton's name of an array's type."""
     names = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "object": "BYTES"}
     return names[array.dtype.name]
-
-
-def explain(model: str, error: Refused) -> WiringError:
-    """Return the error for what the server refused of a model that was served before."""
-    return WiringError(f"the server refuses {model}: {error}")
 
 
 def _line(message: str | None) -> str:

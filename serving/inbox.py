@@ -7,9 +7,9 @@ copy that stalls is read as a damaged folder, and read again when it goes on. No
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from espalier.contract import CONFIG_FILE, SEGMENT_NAME, TOKENIZER, head_name
 from espalier.errors import ContractError
@@ -36,7 +36,7 @@ class Folder:
     path: Path
     signature: Signature
     settled: bool
-    changed: float  # time.time() of its last change, as far as it is known
+    changed: float  # time.time() when its last change was seen
 
     @property
     def name(self) -> str:
@@ -51,28 +51,32 @@ class Inbox:
         self.path = path
         self.settled = settled
         self._seen: dict[str, tuple[Signature | None, float]] = {}  # since when, on the monotonic clock
+        self._changed: dict[str, float] = {}  # the same on the clock of the wall
 
-    def look(self) -> dict[str, Folder | None]:
+    def look(self, known: Collection[str] = ()) -> dict[str, Folder | None]:
         """Return the folders by name: None for one that has gone, but not long enough ago to be sure.
 
-        Raises ContractError if the repository is not there, or has no model folder at all: a volume that is not mounted
-        must not look like the removal of every task.
+        `known` names folders that were there when another process looked last. Raises ContractError if the repository
+        is not there, or has no trunk: a volume that is not mounted must not look like the removal of every task.
         """
         found: dict[str, Folder | None] = {}
         try:
             paths = [path for path in sorted(self.path.iterdir()) if _is_model(path.name) and path.is_dir()]
         except OSError as error:
             raise ContractError(f"the repository {self.path} cannot be read: {error.strerror or error}") from error
-        if not paths:
-            raise ContractError(f"{self.path} holds no model folder; `espalier export` writes them")
+        if not any(SEGMENT_NAME.fullmatch(path.name) for path in paths):
+            raise ContractError(f"{self.path} holds no trunk segment (trunk_*); `espalier export` writes them")
         now = time.monotonic()
         signatures: dict[str, Signature | None] = {path.name: signature(path) for path in paths}
+        if not self._seen:
+            self._seen = {name: (None, now) for name in known if name not in signatures}
         signatures |= {name: None for name in self._seen if name not in signatures}
         for name, own in signatures.items():
             before, since = self._seen.get(name, (None, now))
             first = name not in self._seen
             if own != before or first:
                 since = now
+                self._changed[name] = time.time()
             self._seen[name] = own, since
             if own is None:
                 if now - since < self.settled:
@@ -80,20 +84,27 @@ class Inbox:
                 else:
                     del self._seen[name]
                 continue
-            changed = max((entry[3] for entry in own), default=0) / 1e9
-            old = first and time.time() - changed > LONG_AGO
-            if old:
-                self._seen[name] = own, now - self.settled
-            found[name] = Folder(self.path / name, own, old or now - since >= self.settled, changed)
+            newest = max((entry[3] for entry in own), default=time.time_ns()) / 1e9
+            if first and time.time() - newest > LONG_AGO:
+                since = now - self.settled
+                self._seen[name] = own, since
+            found[name] = Folder(self.path / name, own, now - since >= self.settled, self._changed[name])
         return found
 
 
 def _is_model(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
     return name == TOKENIZER or name.startswith(head_name("")) or SEGMENT_NAME.fullmatch(name) is not None
 
 
 def signature(folder: Path) -> Signature:
-    """Return what tells one content of a folder from another without reading it. Names with a dot do not count."""
+    """Return what tells one content of a folder from another without reading it.
+
+    Files that begin with a dot are part of it, folders are not: rsync writes to such files first, export to folders.
+    """
     entries = []
     for path in _files(folder):
         try:
@@ -108,8 +119,13 @@ def _files(folder: Path) -> list[Path]:
     found = []
     for home, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        found += [Path(home, name) for name in names if not name.startswith(".")]
+        found += [Path(home, name) for name in names]
     return sorted(found)
+
+
+def is_version(name: str) -> bool:
+    """Tell whether a folder of this name is a version folder."""
+    return name.isascii() and name.isdigit()
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,11 @@ class Content:
 
     def copy(self, to: Path) -> None:
         """Write the content into the empty folder `to`; raise Restless if it is not what it was any more."""
-        if _read(self.files, to) != self.digest:
+        try:
+            same = _read(self.files, to) == self.digest
+        except FileNotFoundError as error:
+            raise Restless from error
+        if not same:
             raise Restless
 
 
@@ -132,20 +152,26 @@ def read_content(folder: Folder, keep: Callable[[str], bool]) -> Content:
     Raises ContractError if there is no version folder or a link leads out of the repository, Restless if the folder
     changed meanwhile.
     """
-    versions = {
-        int(part) for part, *more in (entry[0].split("/") for entry in folder.signature) if more and part.isdigit()
-    }
+    names = [name for name, *_ in folder.signature if not PurePosixPath(name).name.startswith(".")]
+    versions = {int(top) for top in (PurePosixPath(name).parts[0] for name in names if "/" in name) if is_version(top)}
     if not versions:
         raise ContractError(f"{folder.path} has no version folder, such as 1/; copy or export it again")
     version = max(versions)
     files = {}
-    for name, *_ in folder.signature:
+    for name in names:
         top, slash, _rest = name.partition("/")
-        if (not slash or top == str(version)) and keep(name):
-            path = folder.path / name
-            if not path.resolve().is_relative_to(folder.path.parent.resolve()):
-                raise ContractError(f"{path} is a link out of the repository; copy the file itself")
-            files[name] = path
+        if (slash and top != str(version)) or not keep(name):
+            continue
+        path = folder.path / name
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ContractError(f"{folder.path} holds a file whose name is not UTF-8; rename it") from error
+        if not path.resolve().is_relative_to(folder.path.parent.resolve()):
+            raise ContractError(f"{path} is a link out of the repository; copy the file itself")
+        if path.exists() and not path.is_file():
+            raise ContractError(f"{path} is no plain file; remove it")
+        files[name] = path
     if CONFIG_FILE not in files:
         raise ContractError(f"{folder.path / CONFIG_FILE} is missing; every model folder has one")
     try:
@@ -168,7 +194,8 @@ def _read(files: Mapping[str, Path], to: Path | None) -> str:
         if to is not None:
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             target = (to / name).open("wb")
-        with path.open("rb") as source:
+        # Not to wait for a writer, should it have become a pipe meanwhile.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as source:
             try:
                 while chunk := source.read(_CHUNK):
                     own.update(chunk)
@@ -176,6 +203,8 @@ def _read(files: Mapping[str, Path], to: Path | None) -> str:
                         target.write(chunk)
             finally:
                 if target is not None:
+                    target.flush()
+                    os.fsync(target.fileno())
                     target.close()
         whole.update(f"{name}\0{own.hexdigest()}\n".encode())
     return whole.hexdigest()

@@ -5,7 +5,7 @@
         trunk_0_3-<digest>/
         head_mrpc-<digest>/
         multitask/             the ensemble: which of them are served
-    LIVE/history/000007.json   every state that was served, the newest of them now
+    LIVE/history/<generation>.json   every state that was served, the newest of them now
     LIVE/status.json           what became of each folder of the repository
     LIVE/lock
 
@@ -17,7 +17,8 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -32,9 +33,6 @@ from espalier.files import locked, write_whole
 HISTORY = 20
 """States that are kept, and with them the models that they serve."""
 
-_DIGITS = 12
-"""Of a content's digest, in the name of its model."""
-
 
 class Wired(BaseModel):
     """A head that is served."""
@@ -47,7 +45,7 @@ class Wired(BaseModel):
 
 
 class State(BaseModel):
-    """What is served, by its names in the live store. Generations count from 1."""
+    """What is served, by its names in the live store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,11 +57,18 @@ class State(BaseModel):
     heads: dict[str, Wired]  # by task, candidates too
     overruled: dict[str, str] = {}
     """By task: the content that lies in the repository but was rolled back from ("" where there is no folder)."""
+    overruled_trunk: tuple[str, ...] = ()
+    """The models of the trunk that lies in the repository, if it was rolled back from."""
 
     @property
     def models(self) -> set[str]:
         """All models that the state needs, the ensemble aside."""
         return {self.tokenizer, *self.trunk, *(head.model for head in self.heads.values())}
+
+    def serves_as(self, other: "State") -> bool:
+        """Tell whether the two serve the same."""
+        parts = [(s.tokenizer, s.trunk, {t: h.model for t, h in s.heads.items()}) for s in (self, other)]
+        return parts[0] == parts[1]
 
 
 def live_folder(repository: Path) -> Path:
@@ -99,7 +104,7 @@ class Live:
     def history(self) -> list[State]:
         """Return the kept states, the newest last. Raises WiringError if one cannot be read."""
         states = []
-        for file in sorted(self._history.glob("[0-9]*.json")):
+        for file in sorted(self._history.glob("[0-9]*.json"), key=lambda file: int(file.stem)):
             try:
                 states.append(State.model_validate_json(file.read_bytes()))
             except (OSError, ValidationError) as error:
@@ -111,21 +116,20 @@ class Live:
         return next(reversed(self.history()), None)
 
     def next_generation(self) -> int:
-        """Return a number that no state and no half-made ensemble has had."""
+        """Return a number that no state and no half-made ensemble has had.
+
+        The first is the time, in seconds: clients know a generation by its number alone, also when another live store
+        takes the place of this one.
+        """
         made = [int(path.name) for path in (self.models / ENSEMBLE).glob("[0-9]*")]
-        return max([0, *made, *(state.generation for state in self.history())]) + 1
+        return max([*made, *(state.generation for state in self.history())], default=int(time.time())) + 1
 
     def record(self, state: State) -> None:
         """Make `state` the newest of the history."""
         write_whole(self._file(state.generation), state.model_dump_json(indent=2) + "\n")
 
     def _file(self, generation: int) -> Path:
-        return self._history / f"{generation:06}.json"
-
-    def has_tasks(self) -> bool:
-        """Tell whether a task is served."""
-        state = self.state()
-        return state is not None and bool(state.heads)
+        return self._history / f"{generation}.json"
 
     def heads(self) -> list[HeadInfo]:
         """Return what the served heads say of themselves, each under the task that it answers."""
@@ -136,10 +140,6 @@ class Live:
         ]
 
     # --- models -----------------------------------------------------------------------------------------------------
-
-    def model_name(self, folder: str, digest: str) -> str:
-        """Return the name under which the content of a model folder is served."""
-        return f"{folder}-{digest[:_DIGITS]}"
 
     def has(self, model: str) -> bool:
         """Tell whether a model lies here."""
@@ -165,17 +165,17 @@ class Live:
             shutil.rmtree(growing, ignore_errors=True)
 
     def write_ensemble(self, config: pb.ModelConfig, generation: int) -> None:
-        """Point the ensemble's folder at `generation`: the config, written last, says which version counts."""
-        (self.models / ENSEMBLE / str(generation)).mkdir(parents=True, exist_ok=True)
-        write_config(self.models / ENSEMBLE, config)
+        """Point an ensemble's folder at `generation`: the config, written last, says which version counts."""
+        (self.models / config.name / str(generation)).mkdir(parents=True, exist_ok=True)
+        write_config(self.models / config.name, config)
 
-    def prune(self, keep: int = HISTORY) -> None:
-        """Remove all but the last `keep` states, and the models that none of them needs."""
+    def prune(self, keep: int, spare: Collection[str] = ()) -> None:
+        """Remove all but the last `keep` states, and the models that neither they need nor `spare` names."""
         states = self.history()
         for state in states[:-keep]:
             self._file(state.generation).unlink(missing_ok=True)
         kept = states[-keep:]
-        needed = {ENSEMBLE}.union(*(state.models for state in kept))
+        needed = {ENSEMBLE, *spare}.union(*(state.models for state in kept))
         for folder in self.models.iterdir():
             if folder.name not in needed:
                 (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: without it the folder counts for nothing

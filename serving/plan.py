@@ -14,8 +14,8 @@ from espalier.contract import HeadInfo, TrunkInfo
 from espalier.errors import ContractError
 from espalier.repository import check_head
 
-TRUNK = "trunk"
-"""Under this name a trunk as a whole is refused."""
+TRUNK = "trunk_*"
+"""Under this name a trunk as a whole is refused; no task has it."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,15 @@ class Trunk:
     tokenizer: str
     segments: tuple[Segment, ...]
 
+    @property
+    def models(self) -> set[str]:
+        """All models that there are."""
+        return {self.tokenizer, *(segment.model for segment in self.segments)}
+
 
 @dataclass(frozen=True)
-class Target:
-    """What is to be served."""
+class Served:
+    """What is served, or is to be."""
 
     tokenizer: str
     chain: tuple[Segment, ...]
@@ -57,6 +62,12 @@ class Target:
     def models(self) -> set[str]:
         """All models that it needs, the ensemble aside."""
         return {self.tokenizer, *(s.model for s in self.chain), *(head.model for head in self.heads.values())}
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """All that Triton sees of it: equal parts are served alike."""
+        heads = {task: head.model for task, head in self.heads.items()}
+        return self.tokenizer, [segment.model for segment in self.chain], heads
 
     @property
     def trunk(self) -> Trunk:
@@ -96,8 +107,8 @@ def _alike(one: TrunkInfo, other: TrunkInfo) -> bool:
 
 
 def choose(
-    dropped: Trunk | None, heads: Mapping[str, Head], present: Collection[str], served: Target | None
-) -> tuple[Target | None, dict[str, str]]:
+    dropped: Trunk | None, heads: Mapping[str, Head], present: Collection[str], served: Served | None
+) -> tuple[Served | None, dict[str, str]]:
     """Return what to serve, None if there is no trunk, and why something is not served: by task, or under TRUNK.
 
     `dropped` is the trunk in the repository (None: not whole), `heads` are the dropped heads that are in order by
@@ -122,17 +133,20 @@ def choose(
     return target, {**refused, **({TRUNK: why} if why else {})}
 
 
-def _fit(trunk: Trunk, heads: Mapping[str, Head], kept: Mapping[str, Head]) -> tuple[Target, dict[str, str]]:
+def _fit(trunk: Trunk, heads: Mapping[str, Head], kept: Mapping[str, Head]) -> tuple[Served, dict[str, str]]:
     """Put heads on `trunk`: those that are served, as they are if they fit; then what was dropped, one by one."""
     chosen: dict[str, Head] = {}
     refused: dict[str, str] = {}
 
     def put(task: str, head: Head) -> None:
-        taps = {other.info.tap for name, other in chosen.items() if name != task} | {head.info.tap}
+        together = {**chosen, task: head}
+        taps = {other.info.tap for other in together.values()}
         chain = find_chain(trunk.segments, taps)
         check_head(head.config, [segment.info for segment in chain or trunk.segments])
         if chain is None:
             raise ContractError(_no_chain(head, trunk, taps))
+        for other in together.values():  # another chain may be one of another trunk
+            check_head(other.config, [segment.info for segment in chain])
         chosen[task] = head
 
     for task, head in sorted(kept.items()):
@@ -146,7 +160,7 @@ def _fit(trunk: Trunk, heads: Mapping[str, Head], kept: Mapping[str, Head]) -> t
                 refused[task] = str(error)
     chain = find_chain(trunk.segments, {head.info.tap for head in chosen.values()})
     assert chain is not None, "every head was put where a chain reaches it"
-    return Target(trunk.tokenizer, chain, chosen), refused
+    return Served(trunk.tokenizer, chain, chosen), refused
 
 
 def _no_chain(head: Head, trunk: Trunk, taps: Collection[int]) -> str:

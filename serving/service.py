@@ -11,6 +11,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 from watchfiles import watch
 
 from espalier.contract import StatusFile
@@ -61,7 +62,7 @@ class Metrics:
     def count(self, done: Pass) -> None:
         """Count a pass."""
         self.passes.inc()
-        self.failures.labels("folder").inc(done.failures)
+        self.failures.labels("folder").inc(done.refusals)
         if done.change is not None:
             self.changes.inc()
             for seconds in done.change.seconds.values():
@@ -116,6 +117,9 @@ class Service:
             return self._failed("server", str(error))
         except ContractError as error:
             return self._failed("repository", f"{error}; what is served stays")
+        except Exception as error:  # a defect of ours must not end what is served
+            log.debug("in a pass", exc_info=error)
+            return self._failed("server", f"a pass failed unexpectedly: {type(error).__name__}: {error}")
         self._said = ""
         self._last = time.monotonic()
         self.metrics.count(done)
@@ -125,9 +129,9 @@ class Service:
         return self.wiring.inbox.settled / 2 if done.restless else POLL
 
     def _failed(self, reason: str, sentence: str) -> float:
+        self.metrics.failures.labels(reason).inc()
         if sentence != self._said:
             log.error("%s", sentence)
-            self.metrics.failures.labels(reason).inc()
             self._said = sentence
         return POLL / 2
 
@@ -155,7 +159,7 @@ class Service:
         if self._port is None or self._http is not None:
             return
         try:
-            self._http = make_server(self._host, self._port, self._application(), handler_class=_Quiet)
+            self._http = make_server(self._host, self._port, self._application(), ThreadingWSGIServer, _Quiet)
         except OSError as error:
             raise WiringError(
                 f"port {self._port} on {self._host} cannot be used for the wiring's metrics "
@@ -185,6 +189,8 @@ class Service:
 
 
 class _Quiet(WSGIRequestHandler):
+    timeout = 5  # seconds for a client to say what it wants
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 

@@ -12,15 +12,15 @@ from serving.wiring import Pass
 
 log = logging.getLogger("espalier.wiring")
 
-LONG_ENOUGH = 60.0
-"""Seconds that a server must have run for its end to be an accident, after which it is started again."""
+DEATHS, WITHIN = 3, 300.0
+"""So many ends of the server within so many seconds are no accident."""
 
 
 def serve_live(server: TritonServer, service: Service, ready: Callable[[Pass], None]) -> None:
     """Serve until SIGTERM or Ctrl-C; `ready` is called once, after the first pass that left nothing to be waited for.
 
-    A Triton that dies is started again, and the wiring brings every task back; one that dies within a minute of its
-    start ends this, with its own reason. Raises WiringError if at the start there is nothing that can be served.
+    A Triton that dies is started again, and the wiring brings every task back; one that dies three times within five
+    minutes ends this, with its own reason. Raises WiringError if at the start there is nothing that can be served.
     """
     failure: list[BaseException] = []
     told = threading.Event()
@@ -44,14 +44,15 @@ def serve_live(server: TritonServer, service: Service, ready: Callable[[Pass], N
     with server:
         wiring = threading.Thread(target=wire, name="espalier-wiring")
         wiring.start()
+        deaths: list[float] = []
         try:
-            while True:
-                began = time.monotonic()
+            while not failure:
                 try:
                     server.wait()
                     break
                 except ServerError as error:
-                    if time.monotonic() - began < LONG_ENOUGH:
+                    deaths.append(time.monotonic())
+                    if failure or len([death for death in deaths if deaths[-1] - death < WITHIN]) >= DEATHS:
                         raise
                     log.error("%s; starting it again", error)
                     server.stop()

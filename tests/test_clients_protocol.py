@@ -30,6 +30,7 @@ def head(task: str, kind: Kind, labels: Sequence[str] = (), structure: Structure
         pair=False,
         fingerprint="f" * 64,
         branch_digest="b" * 64,
+        model_digest="e" * 64,
         metric="accuracy",
         score=0.5,
     )

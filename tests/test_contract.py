@@ -47,8 +47,8 @@ def head(task: str, kind: Kind = Kind.CLASSIFICATION, tap: int = 3, **changes: A
     labels = () if kind is Kind.REGRESSION else ("no", 'say "yes"', "jā: 1/2")
     values: dict[str, Any] = {
         "task": task, "kind": kind, "tap": tap, "layers": 1, "folded": int(kind is not Kind.TAGGING), "hidden_size": 8,
-        "labels": labels, "pair": False, "fingerprint": PRINTS[tap], "branch_digest": "d" * 64, "metric": "accuracy",
-        "score": 0.875,
+        "labels": labels, "pair": False, "fingerprint": PRINTS[tap], "branch_digest": "d" * 64,
+        "model_digest": "e" * 64, "metric": "accuracy", "score": 0.875,
     }  # fmt: skip
     return HeadInfo(**{**values, **changes})
 

@@ -106,8 +106,6 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(supervisor, "LONG_ENOUGH", 0.0)
     running = Served(tmp_path_factory.mktemp("served"), shop)
     try:
         wait_for(lambda: running.ready or running.error)
@@ -115,7 +113,6 @@ def served(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         yield running
     finally:
         running.stop()
-        patch.undo()
 
 
 def test_a_folder_is_served_seconds_after_it_was_copied(served: Served, shop: Path) -> None:

@@ -1,5 +1,6 @@
 """Live wiring on a real Triton: folders come, change and go; what is served follows, and nobody notices the rest."""
 
+import os
 import re
 import shutil
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,13 @@ from conftest import make_branch
 
 from clients import Client
 from espalier.configs import read_config, write_config
-from espalier.contract import ENSEMBLE
+from espalier.contract import ENSEMBLE, HeadInfo
 from espalier.encoder import Base, Encoder
 from espalier.errors import ContractError, UnavailableError, WiringError
-from espalier.files import exchange
+from espalier.files import digest, exchange
 from export.repository import export
-from serving.control import Control
+from serving.control import Control, Refused
+from serving.deploy import TRIAL
 from serving.live import Live, live_folder
 from serving.triton import TritonServer, free_ports
 from serving.wiring import Pass, Wiring
@@ -77,8 +80,8 @@ class Stage:
         self.control = Control(server.grpc_url)
         self.wiring = self.another()
 
-    def another(self) -> Wiring:
-        wiring = Wiring(self.repository, self.live, self.control)
+    def another(self, **options: Any) -> Wiring:
+        wiring = Wiring(self.repository, self.live, self.control, **options)
         wiring.inbox.settled = 0.2
         return wiring
 
@@ -225,26 +228,51 @@ def nan_weights(folder: Path) -> None:
         if array.dtype == np.float32 and array.ndim == 2:
             weight.CopyFrom(numpy_helper.from_array(np.full_like(array, np.nan), weight.name))
     onnx.save(model, folder / "1" / "model.onnx")
+    set_parameter("model_digest", digest((folder / "1" / "model.onnx").read_bytes()))(folder)
 
 
 BAD = {
     "wrong fingerprint": (set_parameter("fingerprint", "f" * 64), "was trained on another trunk"),
     "wrong tap": (set_parameter("tap", "3"), r"no deployed segment ends.*`espalier export` with its branch adds one"),
-    "wrong width": (set_parameter("hidden_size", "64"), "reads hidden states of size 64"),
+    "wrong width": (set_parameter("hidden_size", "64"), "sets input otherwise than the contract"),
     "no config": (lambda folder: (folder / "config.pbtxt").unlink(), "config.pbtxt is missing"),
     "truncated ONNX": (truncate, "is not a whole ONNX file"),
     "missing labels": (lambda folder: (folder / "labels.txt").unlink(), "labels.txt is missing"),
     "other labels": (lambda folder: (folder / "labels.txt").write_text("a\n"), "lists 1 labels that are not the"),
     "fewer labels": (set_parameter("labels", '["a", "b"]'), r"labels\.txt lists 10 labels that are not the 2"),
     "narrower config": (two_labels, "gives 'probabilities' with 10 values, but its config says 2"),
-    "foreign backend": (change_config(lambda config: setattr(config, "backend", "python")), "the backend 'python'"),
+    "foreign backend": (
+        change_config(lambda config: setattr(config, "backend", "python")),
+        "sets backend otherwise than the contract",
+    ),
     "code": (lambda folder: (folder / "1" / "model.py").write_text("x"), "holds 1/model.py; a head folder is data"),
     "library": (lambda folder: (folder / "custom.so.1").write_text("x"), "holds custom.so.1"),
     "custom operators": (
         change_config(lambda config: config.model_operations.op_library_filename.append("/tmp/ops.so")),
-        "sets model_operations, which a head may not",
+        "sets model_operations otherwise than the contract",
     ),
     "not finite": (nan_weights, "numbers that are not finite"),
+    "an ONNX file of another head": (
+        lambda folder: shutil.copy(folder.parent / "elsewhere.onnx", folder / "1" / "model.onnx"),
+        "is not the file that config.pbtxt was written for",
+    ),
+    "no dims": (change_config(lambda config: config.output[0].ClearField("dims")), "gives 'probabilities' no dims"),
+    "a type that is none": (change_config(lambda config: setattr(config.input[0], "data_type", 99)), "of another type"),
+    "labels without end": (set_parameter("labels", "[" * 100_000), "head_intent cannot be read"),
+    "instances without end": (
+        change_config(lambda config: setattr(config.instance_group[0], "count", 5000)),
+        "asks for 5000 instances",
+    ),
+    "a queue without end": (
+        change_config(lambda config: setattr(config.dynamic_batching, "max_queue_delay_microseconds", 2**62)),
+        "lets requests wait longer than 1 s",
+    ),
+    "a pipe": (lambda folder: os.mkfifo(folder / "1" / "x.bin"), "is no plain file"),
+    "a link outwards": (
+        lambda folder: os.symlink("/etc/hostname", folder / "1" / "x.bin"),
+        "a link out of the repository",
+    ),
+    "a name that is not UTF-8": (lambda folder: (folder / "1" / os.fsdecode(b"\xe9.bin")).write_text("x"), "not UTF-8"),
     "half-copied": (lambda folder: shutil.rmtree(folder / "1"), "has no version folder"),
 }
 
@@ -256,8 +284,9 @@ def test_a_bad_folder_is_refused_and_harms_nobody(stage: Stage, fault: str) -> N
     bad = stage.repository.parent / "head_intent"
     shutil.rmtree(bad, ignore_errors=True)
     shutil.copytree(stage.shop / "second" / "head_intent", bad)
+    shutil.copy(stage.shop / "first" / "head_intent" / "1" / "model.onnx", bad.parent / "elsewhere.onnx")
     damage(bad)
-    content = {path: path.read_bytes() for path in bad.rglob("*") if path.is_file()}
+    content = {path.relative_to(bad): path.read_bytes() for path in bad.rglob("*") if path.is_file()}
     shutil.rmtree(stage.repository / "head_intent")
     shutil.move(bad, stage.repository / "head_intent")
     done = stage.settle()
@@ -268,8 +297,9 @@ def test_a_bad_folder_is_refused_and_harms_nobody(stage: Stage, fault: str) -> N
     assert "\n" not in sentence
     assert stage.live.state() == state
     assert stage.ask() == before
-    there = {path.name for path in (stage.repository / "head_intent").rglob("*") if path.is_file()}
-    assert there == {path.name for path in content}, "something was written into the owner's folder"
+    folder = stage.repository / "head_intent"
+    there = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert there == content, "something was written into the owner's folder"
     assert all(ready for model, ready in stage.control.index().items() if state and model in state.models)
 
 
@@ -286,8 +316,7 @@ def test_a_folder_that_may_hold_code_is_allowed_by_name(stage: Stage) -> None:
     stage.drop("more", "head_slots")
     (stage.repository / "head_slots" / "1" / "model.py").write_text("")
     assert stage.settle().change is None
-    stage.wiring = stage.another()
-    stage.wiring.allowed = frozenset({"head_slots"})
+    stage.wiring = stage.another(allowed=frozenset({"head_slots"}))
     stage.settle()
     assert stage.tasks() == ["intent", "slots", "urgency"]
 
@@ -313,11 +342,11 @@ def test_a_task_with_a_new_tap_waits_for_its_segment(stage: Stage) -> None:
 def test_a_killed_pass_is_made_up_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever call was the last one before the kill: the next pass reaches the same end."""
     baseline, scores = stage.ask("intent"), iter(range(100, 1000))
-    calls = [(Live, "adopt"), (Live, "write_ensemble"), (Live, "record"), (Live, "prune")]
+    calls = [(Live, "adopt"), (Live, "write_ensemble"), (Live, "record"), (Live, "prune"), (Live, "write_status")]
     calls += [(Control, name) for name in ("load", "try_head", "try_ensemble", "unload")]
     for owner, name in calls:
         for after in (False, True):
-            set_parameter("score", f"0.{next(scores)}")(stage.repository / "head_urgency")
+            set_parameter("score", f"0.{next(scores)}1")(stage.repository / "head_urgency")
             if after:
                 stage.drop("more", "head_slots")
             original = getattr(owner, name)
@@ -346,12 +375,12 @@ def test_a_killed_pass_is_made_up_for(stage: Stage, monkeypatch: pytest.MonkeyPa
 
 
 def test_rollback_serves_what_was_served_until_the_owner_changes_the_folder(stage: Stage) -> None:
-    before = stage.ask()
+    before, first = stage.ask(), stage.live.state().generation  # type: ignore[union-attr]
     stage.drop("second", "head_urgency")
     stage.drop("more", "head_slots")
     stage.settle()
     state = stage.wiring.rollback()
-    assert state.changes == (f"rolled back to {state.generation - 2}", "removed slots", "updated urgency")
+    assert state.changes == (f"rolled back to {first}", "removed slots", "updated urgency")
     assert stage.ask() == before
     for wiring in (stage.wiring, stage.another()):
         assert stage.settle(wiring).change is None, "what was rolled back from came back by itself"
@@ -402,7 +431,7 @@ def test_a_trunk_changes_with_all_its_heads_or_not_at_all(stage: Stage, other: P
         shutil.rmtree(stage.repository / name)
         shutil.copytree(other / name, stage.repository / name)
     assert stage.settle().change is None
-    kind, why = stage.state("trunk")
+    kind, why = stage.state("trunk_*")
     assert kind == "refused"
     assert "does not fit intent, urgency" in why
     assert stage.ask() == before
@@ -414,13 +443,113 @@ def test_a_trunk_changes_with_all_its_heads_or_not_at_all(stage: Stage, other: P
     assert stage.ask() != before
 
 
+def test_a_trunk_that_was_rolled_back_from_stays_so(stage: Stage, other: Path) -> None:
+    before = stage.ask()
+    for name in ("tokenizer", "trunk_0_1", "trunk_1_2", "head_intent", "head_urgency"):
+        shutil.rmtree(stage.repository / name)
+        shutil.copytree(other / name, stage.repository / name)
+    stage.settle()
+    stage.wiring.rollback()
+    for wiring in (stage.wiring, stage.another()):
+        assert stage.settle(wiring).change is None
+    assert stage.ask() == before
+    assert stage.state("trunk_*") == ("refused", "it was rolled back from")
+
+
+def test_a_head_that_fails_among_others_alone_is_told_apart(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two heads come at once; one of them fails in the ensemble, which nobody else may notice."""
+    original, asked = Control.try_ensemble, []
+
+    def fail(control: Control, name: str, heads: dict[str, HeadInfo]) -> None:
+        asked.append(name)
+        if "slots" in heads:
+            raise Refused("it answers with numbers that are not finite")
+        original(control, name, heads)
+
+    monkeypatch.setattr(Control, "try_ensemble", fail)
+    stage.drop("more", "head_slots", "head_same_request")
+    stage.settle()
+    assert stage.tasks() == ["intent", "same_request", "urgency"]
+    kind, why = stage.state("head_slots")
+    assert kind == "refused"
+    assert "the ensemble with it fails: it answers with numbers that are not finite" in why
+    assert set(asked) == {TRIAL}, "the ensemble that is served was put to the test"
+    count = len(asked)
+    stage.settle()
+    assert len(asked) == count, "what answers wrongly is tried again and again"
+
+
+def test_a_model_that_ends_the_server_is_tried_twice(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Control.load
+
+    def die(control: Control, model: str) -> None:
+        if model.startswith("head_slots"):
+            raise UnavailableError("the server is gone")
+        original(control, model)
+
+    monkeypatch.setattr(Control, "load", die)
+    stage.drop("more", "head_slots")
+    with pytest.raises(UnavailableError):
+        stage.settle()
+    stage.settle()
+    assert stage.state("head_slots") == ("refused", "the server ended 2 times while this was loaded or tried")
+    assert stage.tasks() == ["intent", "urgency"]
+
+
+def test_a_head_that_cannot_be_brought_back_leaves_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, original = stage.ask("intent"), Control.load
+    for model in [ENSEMBLE, *(stage.live.state().models)]:  # type: ignore[union-attr]
+        stage.control.unload(model)
+
+    def fail(control: Control, model: str) -> None:
+        if model.startswith("head_urgency"):
+            raise Refused("out of memory")
+        original(control, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Control, "load", fail)
+        stage.wiring.reconcile()
+    assert stage.ask("intent") == before
+
+
+def test_refusals_are_logged_once(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    set_parameter("fingerprint", "f" * 64)(stage.repository / "head_intent")
+    for _ in range(2):
+        stage.settle()
+    assert (
+        len([r for r in caplog.records if "head_intent: refused: head_intent was trained on another" in r.message]) == 1
+    )
+
+
+def test_a_copy_by_rsync_is_not_at_rest_before_its_end(stage: Stage) -> None:
+    shutil.copytree(stage.shop / "more" / "head_slots", stage.repository / "head_slots")
+    model = stage.repository / "head_slots" / "1" / "model.onnx"
+    whole = model.read_bytes()
+    model.unlink()
+    growing = model.with_name(".model.onnx.Xy12zA")
+    for size in range(0, len(whole), len(whole) // 4):
+        growing.write_bytes(whole[:size])
+        assert stage.wiring.reconcile().change is None
+        assert stage.state("head_slots") == ("loading", "its folder is changing")
+        time.sleep(0.1)
+    growing.write_bytes(whole)
+    growing.rename(model)
+    stage.settle()
+    assert stage.tasks() == ["intent", "slots", "urgency"]
+
+
+def test_a_live_store_inside_the_repository_is_refused(stage: Stage) -> None:
+    with pytest.raises(WiringError, match="lies in the repository; give another --live"):
+        Wiring(stage.repository, Live(stage.repository / "live"), stage.control)
+
+
 def test_an_empty_repository_is_no_removal_of_every_task(stage: Stage) -> None:
     away = stage.repository.with_name("away")
     stage.repository.rename(away)
     with pytest.raises(ContractError, match="cannot be read: No such file"):
         stage.wiring.reconcile()
     stage.repository.mkdir()
-    with pytest.raises(ContractError, match="holds no model folder"):
+    with pytest.raises(ContractError, match="holds no trunk segment"):
         stage.wiring.reconcile()
     assert stage.tasks() == ["intent", "urgency"]
     stage.repository.rmdir()

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from espalier.configs import head_config
 from espalier.contract import HeadInfo, Kind, Target, TrunkInfo
-from serving.plan import TRUNK, Head, Segment, Trunk, choose, find_chain
-from serving.plan import Target as Served
+from serving.plan import TRUNK, Head, Segment, Served, Trunk, choose, find_chain
 
 DEPTH = 5
 
@@ -26,7 +25,8 @@ def segment(start: int, stop: int, base: str = "base") -> Segment:
 def head(task: str, tap: int, base: str = "base", content: str = "1") -> Head:
     info = HeadInfo(
         task=task, kind=Kind.CLASSIFICATION, tap=tap, layers=1, folded=1, hidden_size=4, labels=("a", "b"),
-        pair=False, fingerprint=f"{base} up to {tap}", branch_digest="d", metric="accuracy", score=0.5,
+        pair=False, fingerprint=f"{base} up to {tap}", branch_digest="d", model_digest="e",
+        metric="accuracy", score=0.5,
     )  # fmt: skip
     return Head(f"head_{task}-{base}-{content}", info, head_config(info, Target.CPU), f"{base} {content}", 1)
 

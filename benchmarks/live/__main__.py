@@ -7,6 +7,7 @@ Then Triton itself is restarted; and folders are copied in one by one, to see ho
 Prints the counts, writes them to docs/live.json, and ends with status 1 if a request failed or an answer was wrong.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -27,6 +28,8 @@ from benchmarks.live.heads import FAULTS, copy, ship
 from benchmarks.live.load import Counts, Load, wait_until
 from clients import Client
 from espalier import show
+from espalier.configs import read_config
+from espalier.contract import HeadInfo
 from espalier.encoder import load_base
 from espalier.errors import EspalierError, RequestError
 from espalier.files import exchange, write_whole
@@ -35,6 +38,7 @@ from serving.triton import TritonServer, free_ports
 
 UNTOUCHED = {"calm": (2, 100), "quiet": (3, 101)}
 TOUCHED = {f"task{number}": (2 + number % 2, number) for number in range(8)}
+SPOILT = dict(zip(list(TOUCHED)[2:8], FAULTS, strict=True))
 PAUSE = (0.5, 4.0)
 """Seconds between a start of the wiring service and the kill, drawn anew each time."""
 
@@ -74,7 +78,11 @@ class Wiring:
             self.kills += 1
             self._process = self._start()
 
-    def stop(self) -> None:
+    def __enter__(self) -> "Wiring":
+        """Return the service, which runs."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the service in order."""
         self._stop.set()
         self._thread.join()
@@ -139,7 +147,7 @@ class Check:
         """Put a bad folder in the place of a task's head and wait until it is refused."""
         with tempfile.TemporaryDirectory(dir=self.shop) as folder:
             bad = Path(folder) / f"head_{task}"
-            shutil.copytree(self.shop / "first" / bad.name, bad)
+            shutil.copytree(self.shop / "second" / bad.name, bad)
             FAULTS[fault](bad)
             copy(bad, self.repository)
         wait_until(lambda: (entry := self.entry(f"head_{task}")) and entry.state == "refused")
@@ -180,8 +188,8 @@ def _check(home: Path, base: str, requests: int, tries: int) -> dict[str, Any]:
         live.models, log_file=Path("logs/live-check.log"), http_port=http, grpc_port=grpc, metrics_port=metrics,
         ready_model=None, model_control="explicit",
     )  # fmt: skip
-    with server:
-        wiring = Wiring(repository, server.grpc_url, home / "wiring.log")
+    with server, contextlib.ExitStack() as stack:
+        wiring = stack.enter_context(Wiring(repository, server.grpc_url, Path("logs/live-check-wiring.log")))
         check = Check(shop, repository, server.grpc_url)
         for task in UNTOUCHED:
             wait_until(lambda task=task: check.answers(task))
@@ -193,7 +201,7 @@ def _check(home: Path, base: str, requests: int, tries: int) -> dict[str, Any]:
             *((f"update {task}", lambda task=task: check.update(task)) for task in TOUCHED),
             ("promote task0", lambda: check.promote("task0")),
             *((f"spoil {task}: {fault}", lambda task=task, fault=fault: check.spoil(task, fault))
-              for task, fault in zip(list(TOUCHED)[2:8], FAULTS, strict=True)),
+              for task, fault in SPOILT.items()),
             *((f"remove task{number}", lambda number=number: check.remove(f"task{number}")) for number in range(4, 8)),
         ]  # fmt: skip
         for number, (name, step) in enumerate(steps, start=1):
@@ -220,7 +228,6 @@ def _check(home: Path, base: str, requests: int, tries: int) -> dict[str, Any]:
             check.remove(task)
         wait_until(lambda: _end_state(check))
         end = _end_state(check)
-        wiring.stop()
         check.client.close()
     return {
         "requests": counts.requests,
@@ -239,14 +246,15 @@ def _check(home: Path, base: str, requests: int, tries: int) -> dict[str, Any]:
 
 
 def _end_state(check: Check) -> bool:
-    """Tell whether what is served is what lies in the repository, bad folders aside: those keep what they had."""
-    folders = {path.name.removeprefix("head_") for path in check.repository.glob("head_*")}
+    """Tell whether just what lies in the repository is served; of the spoilt folders that are left, the head before."""
+    folders = {path.name.removeprefix("head_"): path for path in check.repository.glob("head_*")}
+    spoilt = {task for task in folders if (entry := check.entry(f"head_{task}")) and entry.state == "refused"}
     try:
-        tasks = set(check.client.tasks())
+        served = {task: info.branch_digest for task, info in check.client.tasks().items()}
     except RequestError:
         return False
-    states = {name.removeprefix("head_"): check.entry(name).state for name in map("head_{}".format, folders)}
-    return tasks == folders and set(states.values()) <= {"serving", "refused"}
+    lying = {task: HeadInfo.read(read_config(path)).branch_digest for task, path in folders.items()}
+    return served == lying and spoilt == set(SPOILT) & set(folders)
 
 
 def _line(counts: Counts) -> str:

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from clients import AsyncClient
-from espalier.errors import RequestError, UnknownTaskError
+from espalier.errors import RequestError, UnknownTaskError, WiringError
 
 TEXTS = (
     "what is the weather like in Oslo tomorrow", "play some jazz", "wake me at half past seven",
@@ -129,4 +129,4 @@ def wait_until(what: Any, seconds: float = 300.0, every: float = 0.02) -> float:
         except RequestError:
             pass
         time.sleep(every)
-    raise TimeoutError(f"not so within {seconds:g} s")
+    raise WiringError(f"what was waited for did not come within {seconds:g} s; see logs/live-check-wiring.log")

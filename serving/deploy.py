@@ -1,0 +1,185 @@
+"""Bringing Triton to a target: models are loaded and tried, the ensemble first under a name of its own."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from espalier.configs import ensemble_config, ensemble_generation
+from espalier.contract import ENSEMBLE, TOKENIZER
+from espalier.errors import ContractError, WiringError
+from serving.control import Control, Refused
+from serving.live import Live, State
+from serving.plan import Head, Served
+
+log = logging.getLogger("espalier.wiring")
+
+TRIAL = f"{ENSEMBLE}-trial"
+"""An ensemble like the one that is to be, to be asked before anybody else asks it."""
+LOADS = 4
+"""Models that are loaded at once."""
+GRACE = 1.0
+"""Seconds between the ensemble's change and the unloading of what it no longer needs."""
+
+
+class Rejected(Exception):
+    """Triton refuses models, or they answer wrongly: reasons by model; `lasting` if trying again is in vain."""
+
+    def __init__(self, reasons: Mapping[str, str], lasting: bool) -> None:
+        super().__init__("; ".join(f"{model}: {why}" for model, why in reasons.items()))
+        self.reasons, self.lasting = dict(reasons), lasting
+
+
+class Deployer:
+    """Makes the Triton behind `control` serve targets whose models lie in `live`."""
+
+    def __init__(self, live: Live, control: Control) -> None:
+        self._live = live
+        self._control = control
+
+    def serves(self, target: Served, generation: int) -> bool:
+        """Tell whether Triton serves just this generation."""
+        return self._generation() == (generation if target.heads else None)
+
+    def _generation(self) -> int | None:
+        config = self._control.config(ENSEMBLE)
+        if config is None:
+            return None
+        try:
+            return ensemble_generation(config)
+        except ContractError:
+            return 0  # an ensemble of that name which is not ours
+
+    def restore(self, target: Served, generation: int) -> None:
+        """Bring back what was served before; a head that cannot be loaded any more is left out, the others count."""
+        try:
+            self._load(target)
+        except Rejected as error:
+            lost = [task for task, head in target.heads.items() if head.model in error.reasons]
+            if not lost:
+                raise
+            log.error("generation %d comes back without %s: %s", generation, ", ".join(lost), error)
+            kept = {task: head for task, head in target.heads.items() if task not in lost}
+            return self.restore(replace(target, heads=kept), generation)
+        self.point(target, generation)
+
+    def try_out(self, target: Served, new: Iterable[str], served: Served | None) -> None:
+        """Load what `target` needs and ask it everything, `new` heads alone as well; raise Rejected with the culprits.
+
+        What is served now is not touched.
+        """
+        fresh = target.models - (served.models if served else set())
+        heads = {task: target.heads[task] for task in new}
+        try:
+            self._load(target)
+            self._try_heads(target, heads)
+            if target.heads:
+                self._try_ensemble(target, heads, fresh)
+        except Rejected as error:
+            for model in error.reasons:
+                if model in fresh:
+                    self._control.unload(model)
+            raise
+
+    def _load(self, target: Served) -> None:
+        """Load what is missing, several at once. Raises Rejected with all that failed."""
+        index = self._control.index()
+        missing = sorted(model for model in target.models if not index.get(model))
+        unseen = [model for model in missing if model not in index]
+        if unseen:
+            raise self._blind(unseen[0])
+        with ThreadPoolExecutor(LOADS) as pool:
+            loads = {model: pool.submit(self._control.load, model) for model in missing}
+        reasons = {}
+        for model, load in loads.items():
+            error = load.exception()
+            if isinstance(error, Refused):
+                self._control.unload(model)  # a model that failed to load would make the server unready
+                reasons[model] = str(error)
+            elif error is not None:
+                raise error
+        if reasons:
+            raise Rejected(reasons, lasting=False)
+
+    def _try_heads(self, target: Served, heads: Mapping[str, Head]) -> None:
+        by_tap = {segment.info.stop: segment.info for segment in target.chain}
+        reasons = {}
+        for head in heads.values():
+            try:
+                self._control.try_head(head.model, head.info, by_tap[head.info.tap])
+            except Refused as error:
+                reasons[head.model] = str(error)
+        if reasons:
+            raise Rejected(reasons, lasting=True)
+
+    def _try_ensemble(self, target: Served, new: Mapping[str, Head], fresh: set[str]) -> None:
+        """Ask an ensemble like the one that is to be; if it fails, find out by whom."""
+        why = self._trial(target)
+        if why is None:
+            return
+        reasons = {}
+        for task, head in new.items():
+            own = self._trial(replace(target, heads={task: head})) if len(target.heads) > 1 else why
+            if own is not None:
+                reasons[head.model] = f"the ensemble with it fails: {own}"
+        trunk = {target.tokenizer, *(segment.model for segment in target.chain)} & fresh
+        if trunk and len(reasons) == len(new):
+            reasons = {model: f"the ensemble with this trunk fails: {why}" for model in trunk}
+        elif not reasons:
+            reasons = {head.model: f"the ensemble fails with it and the others: {why}" for head in new.values()}
+        if not reasons:
+            raise WiringError(f"the ensemble fails: {why}")
+        raise Rejected(reasons, lasting=True)
+
+    def _trial(self, target: Served) -> str | None:
+        """Return why an ensemble of `target` fails, None if it does not."""
+        try:
+            self._write(target, 1, TRIAL)
+            if TRIAL not in self._control.index():
+                raise self._blind(TRIAL)
+            self._control.load(TRIAL)
+            self._control.try_ensemble(TRIAL, {task: head.info for task, head in target.heads.items()})
+        except Refused as error:
+            return str(error)
+        finally:
+            self._control.unload(TRIAL)
+        return None
+
+    def point(self, target: Served, generation: int) -> None:
+        """Write the ensemble of `target` and load it; without a task there is none."""
+        if not target.heads:
+            self._control.unload(ENSEMBLE)
+            return
+        self._write(target, generation, ENSEMBLE)
+        try:
+            self._control.load(ENSEMBLE)
+        except Refused as error:
+            raise WiringError(f"{self._control.url} refuses generation {generation} of {ENSEMBLE}: {error}") from error
+        if not self.serves(target, generation):
+            raise self._blind(f"generation {generation} of {ENSEMBLE}")
+
+    def _write(self, target: Served, generation: int, name: str) -> None:
+        models = {TOKENIZER: target.tokenizer}
+        models |= {segment.info.model: segment.model for segment in target.chain}
+        models |= {head.info.model: head.model for head in target.heads.values()}
+        infos = [head.info for head in target.heads.values()]
+        config = ensemble_config([segment.info for segment in target.chain], infos, generation, models)
+        config.name = name
+        self._live.write_ensemble(config, generation)
+
+    def _blind(self, what: str) -> WiringError:
+        return WiringError(
+            f"{self._control.url} does not see {what}: start it with --model-control-mode=explicit and "
+            f"--model-repository={self._live.models} (by whatever path it knows that folder)"
+        )
+
+    def tidy(self, state: State, at_once: bool) -> None:
+        """Unload what the state does not need. Models of others are left alone."""
+        needed = state.models | {ENSEMBLE}
+        ready = [model for model, ready in self._control.index().items() if ready]
+        surplus = [model for model in ready if model not in needed and self._live.has(model)]
+        if surplus and not at_once:
+            time.sleep(GRACE)  # requests that began before the ensemble changed
+        for model in sorted(surplus, key=lambda model: model != TRIAL):
+            self._control.unload(model)
