@@ -115,7 +115,7 @@ class Conversation:
 
     def _is_current(self, catalogue: Catalogue) -> Program[bool]:
         ensemble = yield ReadConfig(ENSEMBLE)
-        return generation_of(ensemble) == catalogue.generation
+        return (generation_of(ensemble), [*head_models(ensemble)]) == (catalogue.generation, [*catalogue.tasks])
 
 
 @dataclass(frozen=True)

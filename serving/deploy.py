@@ -4,10 +4,9 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from espalier.configs import ensemble_config, ensemble_generation
-from espalier.contract import ENSEMBLE, TOKENIZER
+from espalier.contract import ENSEMBLE, OFFSETS, TOKENIZER
 from espalier.errors import ContractError, WiringError
 from serving.control import Control, Refused
 from serving.live import Live, State
@@ -38,31 +37,36 @@ class Deployer:
         self._live = live
         self._control = control
 
-    def serves(self, target: Served, generation: int) -> bool:
-        """Tell whether Triton serves just this generation."""
-        return self._generation() == (generation if target.heads else None)
-
-    def _generation(self) -> int | None:
+    def tasks(self, generation: int) -> set[str]:
+        """Return the tasks that Triton serves of this generation."""
         config = self._control.config(ENSEMBLE)
         if config is None:
-            return None
+            return set()
         try:
-            return ensemble_generation(config)
-        except ContractError:
-            return 0  # an ensemble of that name which is not ours
+            ours = ensemble_generation(config) == generation
+        except ContractError:  # an ensemble of that name which is not ours
+            ours = False
+        return {output.name for output in config.output} - {OFFSETS} if ours else set()
 
-    def restore(self, target: Served, generation: int) -> None:
-        """Bring back what was served before; a head that cannot be loaded any more is left out, the others count."""
-        try:
-            self._load(target)
-        except Rejected as error:
-            lost = [task for task, head in target.heads.items() if head.model in error.reasons]
-            if not lost:
-                raise
-            log.error("generation %d comes back without %s: %s", generation, ", ".join(lost), error)
-            kept = {task: head for task, head in target.heads.items() if task not in lost}
-            return self.restore(replace(target, heads=kept), generation)
+    def restore(self, target: Served, generation: int) -> tuple[Served, dict[str, str]]:
+        """Bring back what was served before, but for heads that cannot be loaded any more.
+
+        Returns what is served now, and by model why something is not. Raises Rejected if it is the trunk.
+        """
+        reasons: dict[str, str] = {}
+        while True:
+            try:
+                self._load(target)
+                break
+            except Rejected as error:
+                lost = {task for task, head in target.heads.items() if head.model in error.reasons}
+                if not lost:
+                    raise
+                log.error("generation %d comes back without %s: %s", generation, ", ".join(sorted(lost)), error)
+                reasons |= error.reasons
+                target = target.only(set(target.heads) - lost)
         self.point(target, generation)
+        return target, reasons
 
     def try_out(self, target: Served, new: Iterable[str], served: Served | None) -> None:
         """Load what `target` needs and ask it everything, `new` heads alone as well; raise Rejected with the culprits.
@@ -120,7 +124,7 @@ class Deployer:
             return
         reasons = {}
         for task, head in new.items():
-            own = self._trial(replace(target, heads={task: head})) if len(target.heads) > 1 else why
+            own = self._trial(target.only({task})) if len(target.heads) > 1 else why
             if own is not None:
                 reasons[head.model] = f"the ensemble with it fails: {own}"
         trunk = {target.tokenizer, *(segment.model for segment in target.chain)} & fresh
@@ -156,7 +160,7 @@ class Deployer:
             self._control.load(ENSEMBLE)
         except Refused as error:
             raise WiringError(f"{self._control.url} refuses generation {generation} of {ENSEMBLE}: {error}") from error
-        if not self.serves(target, generation):
+        if self.tasks(generation) != set(target.heads):
             raise self._blind(f"generation {generation} of {ENSEMBLE}")
 
     def _write(self, target: Served, generation: int, name: str) -> None:

@@ -69,6 +69,12 @@ class Served:
         heads = {task: head.model for task, head in self.heads.items()}
         return self.tokenizer, [segment.model for segment in self.chain], heads
 
+    def only(self, tasks: Collection[str]) -> "Served":
+        """Return this with no other tasks, nor segments that they do not need: Triton refuses tensors without use."""
+        heads = {task: head for task, head in self.heads.items() if task in tasks}
+        deepest = max((head.info.tap for head in heads.values()), default=0)
+        return Served(self.tokenizer, tuple(s for s in self.chain if s.info.stop <= deepest), heads)
+
     @property
     def trunk(self) -> Trunk:
         """The trunk of which the chain is made."""

@@ -141,8 +141,7 @@ class _Pass:
             try:
                 change = self._change(target, overruled, trunk, refused)
             except Rejected as error:
-                until = float("inf") if error.lasting else self.now + RETRY
-                self.wiring.rejected |= {model: (why, until) for model, why in error.reasons.items()}
+                self._reject(error)
                 continue
             self.served, self.state = target, change.state
             break
@@ -160,15 +159,20 @@ class _Pass:
         except ContractError as error:
             log.error("what was served cannot be read any more (%s); starting from the repository", error)
             return None
-        if not self.deployer.serves(target, self.state.generation):
-            tasks = ", ".join(target.heads) or "no task"
-            log.info("bringing Triton to generation %d: %s", self.state.generation, tasks)
-            try:
-                self.deployer.restore(target, self.state.generation)
-            except Rejected as error:
-                log.error("generation %d is refused (%s); starting from the repository", self.state.generation, error)
-                return None
-        return target
+        there = self.deployer.tasks(self.state.generation)
+        wanted = target.only(
+            {task for task, h in target.heads.items() if task in there or not self._rejection(h.model)}
+        )
+        if there == set(wanted.heads):
+            return wanted
+        log.info("bringing Triton to generation %d: %s", self.state.generation, ", ".join(wanted.heads))
+        try:
+            served, reasons = self.deployer.restore(wanted, self.state.generation)
+        except Rejected as error:
+            log.error("generation %d is refused (%s); starting from the repository", self.state.generation, error)
+            return None
+        self._reject(Rejected(reasons, lasting=False))
+        return served
 
     def _target(self, state: State) -> Served:
         chain = tuple(Segment(model, TrunkInfo.read(self.live.config(model))) for model in state.trunk)
@@ -226,6 +230,10 @@ class _Pass:
             elif isinstance(read.found, str):
                 tokenizer = read.found
         return Trunk(tokenizer, tuple(segments)) if tokenizer is not None and segments else None
+
+    def _reject(self, error: Rejected) -> None:
+        until = float("inf") if error.lasting else self.now + RETRY
+        self.wiring.rejected |= {model: (why, until) for model, why in error.reasons.items()}
 
     def _rejection(self, model: str) -> str:
         why, until = self.wiring.rejected.get(model, ("", 0.0))
