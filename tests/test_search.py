@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from test_cli import espalier, one_sentence  # noqa: F401
+from test_cli import one_sentence
 from test_training import silent, write_task
 
 from espalier.branch import load_branch
@@ -268,7 +268,7 @@ def test_a_teacher_must_fit(spec: TaskSpec, tiny: Base, base: Base, tmp_path: Pa
     ],
 )
 def test_wrong_options_are_one_sentence(
-    arguments: list[str], message: str, espalier: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path,  # noqa: F811
+    arguments: list[str], message: str, espalier: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
