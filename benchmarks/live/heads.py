@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,9 +32,9 @@ def ship(base: Base, heads: Mapping[str, tuple[int, int]], to: Path, branches: P
         )  # fmt: skip
         card = BranchCard(
             spec=spec, labels=LABELS, base=base.name, revision=base.revision, fingerprint=base.fingerprint(tap),
-            tap=tap, layers=1, folded=1, encoder={}, metrics={"accuracy": 0.25}, history=[], stopped=None,
-            arguments={"seed": seed}, cached=False, teacher=None, inputs="untrained", versions={}, threads=1,
-            weights="",
+            tap=tap, layers=1, folded=1, encoder=asdict(base.config), metrics={"accuracy": 0.25}, history=[],
+            stopped=None, arguments={"seed": seed}, cached=False, teacher=None, inputs="untrained", versions={},
+            threads=1, weights="",
         )  # fmt: skip
         save_branch(branches / task, branch, card)
         folders.append(branches / task)
