@@ -434,8 +434,8 @@ def wire(
             show.status(done.status)
         raise typer.Exit(int(any(entry.state == "refused" for entry in done.status.folders.values())))
     service = Service(wiring, host, wiring_port)
-    show.messages.print(f"wiring {repository} into {url}; Ctrl-C stops", soft_wrap=True, highlight=False)
     with stopping(service.stop):
+        show.messages.print(f"wiring {repository} into {url}; Ctrl-C stops", soft_wrap=True, highlight=False)
         service.run()
 
 
