@@ -15,15 +15,8 @@ from tritonclient.utils import InferenceServerException
 from clients._transport import infer_arguments, read_reply, refused, unavailable
 from clients.deadline import Deadline
 from clients.protocol import Call, Infer, ReadConfig
+from espalier.channel import CHANNEL_ARGUMENTS
 from espalier.errors import RequestError
-
-CHANNEL_ARGUMENTS = [
-    ("grpc.max_send_message_length", tritonclient.grpc.MAX_GRPC_MESSAGE_SIZE),
-    ("grpc.max_receive_message_length", tritonclient.grpc.MAX_GRPC_MESSAGE_SIZE),
-    # gRPC waits up to two minutes before it connects again, and fails every call until then: no use to a retry.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
 
 PATIENCE = 10.0  # seconds that `close` gives requests that are late
 

@@ -220,6 +220,11 @@ def head_name(task: str) -> str:
     return f"head_{task}"
 
 
+def task_of(folder: str) -> str | None:
+    """Return the task whose head a folder holds, None for another folder."""
+    return folder.removeprefix(head_name("")) if folder.startswith(head_name("")) else None
+
+
 def segments_for(taps: Iterable[int]) -> list[tuple[int, int]]:
     """Return the chain of trunk segments [start, stop) that has a segment end at every tap."""
     stops = sorted(set(taps))

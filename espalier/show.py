@@ -13,7 +13,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from espalier.contract import FolderStatus, HeadInfo, StatusFile, Structure, head_name
+from espalier.contract import FolderStatus, HeadInfo, StatusFile, Structure, head_name, task_of
 
 if TYPE_CHECKING:
     from clients import Answer, Answers, Span
@@ -154,7 +154,7 @@ def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None, state: st
         table.add_column(column, no_wrap=True)
     infos = {head.task: head for head in heads}
     folders = status.folders if status else {}
-    for task in sorted({*infos, *(name.removeprefix(head_name("")) for name in folders)}):
+    for task in sorted({*infos, *(task_of(name) or name for name in folders)}):
         head, entry = infos.get(task), folders.get(head_name(task), folders.get(task))
         own = entry.state if entry else state
         if head is None:
@@ -185,7 +185,7 @@ def tasks_as_json(
         own = {"state": entry.state if entry else state, "why": entry.why if entry else ""}
         rows.append({**head.model_dump(mode="json"), **own})
     for name, entry in folders.items():
-        rows.append({"task": name.removeprefix(head_name("")), "state": entry.state, "why": entry.why})
+        rows.append({"task": task_of(name) or name, "state": entry.state, "why": entry.why})
     return rows
 
 

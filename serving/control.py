@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton
 from tritonclient.grpc import model_config_pb2 as pb
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from espalier.channel import CHANNEL_ARGUMENTS
 from espalier.contract import OFFSETS, TEXT, HeadInfo, Kind, Structure, TrunkInfo
 from espalier.errors import UnavailableError, WiringError
 
@@ -24,14 +25,6 @@ _LENGTHS = (1, 7)
 _TEXTS = ("Wake me at half past seven.", "a", "")
 _TOLERANCE = 2e-2
 """How far the probabilities of an FP16 head may be from summing up to one."""
-_CHANNEL = [
-    ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
-    ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
-
-
 PATIENCE = 60.0
 """Seconds for one smoke inference."""
 
@@ -45,7 +38,7 @@ class Control:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._client = triton.InferenceServerClient(url, channel_args=_CHANNEL)
+        self._client = triton.InferenceServerClient(url, channel_args=CHANNEL_ARGUMENTS)
 
     def close(self) -> None:
         """Close the connection."""
@@ -94,7 +87,7 @@ class Control:
     def _infer(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         tensors = []
         for name, array in inputs.items():
-            tensor = triton.InferInput(name, list(array.shape), triton_type(array))
+            tensor = triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
         wanted = [triton.InferRequestedOutput(name) for name in outputs]
@@ -152,12 +145,6 @@ def _check_answer(info: HeadInfo, answer: Array, tokens: int) -> None:
     )
     if probabilities and np.abs(answer.sum(axis=-1) - 1).max(initial=0) > _TOLERANCE:
         raise Refused("its probabilities do not sum up to one")
-
-
-def triton_type(array: Array) -> str:
-    """Return Triton's name of an array's type."""
-    names = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "object": "BYTES"}
-    return names[array.dtype.name]
 
 
 def _line(message: str | None) -> str:

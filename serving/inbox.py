@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from espalier.contract import CONFIG_FILE, SEGMENT_NAME, TOKENIZER, head_name
+from espalier.contract import CONFIG_FILE, SEGMENT_NAME, TOKENIZER, task_of
 from espalier.errors import ContractError
 
 SETTLED = 1.0
@@ -97,7 +97,7 @@ def _is_model(name: str) -> bool:
         name.encode()
     except UnicodeEncodeError:
         return False
-    return name == TOKENIZER or name.startswith(head_name("")) or SEGMENT_NAME.fullmatch(name) is not None
+    return name == TOKENIZER or task_of(name) is not None or SEGMENT_NAME.fullmatch(name) is not None
 
 
 def signature(folder: Path) -> Signature:

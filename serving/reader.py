@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from espalier.contract import CANDIDATE, SLOT_NAME, TOKENIZER, HeadInfo, TrunkInfo, head_name
+from espalier.contract import CANDIDATE, SLOT_NAME, TOKENIZER, HeadInfo, TrunkInfo, task_of
 from espalier.errors import ContractError
 from espalier.repository import adopted
 from serving import check
@@ -27,11 +27,6 @@ class Read:
     def model(self) -> str | None:
         """The model in the live store, if there is one."""
         return self.found if isinstance(self.found, str) or self.found is None else self.found.model
-
-
-def task_of(folder: str) -> str | None:
-    """Return the task whose head a folder holds, None for another folder."""
-    return folder.removeprefix(head_name("")) if folder.startswith(head_name("")) else None
 
 
 class Reader:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 from prometheus_client.exposition import ThreadingWSGIServer
 from watchfiles import watch
 
-from espalier.contract import StatusFile
+from espalier.contract import StatusFile, task_of
 from espalier.errors import ContractError, UnavailableError, WiringError
 from serving.wiring import Pass, Wiring
 
@@ -51,7 +51,7 @@ class Metrics:
     def tell(self, status: StatusFile) -> None:
         """Show the states of the folders."""
         self.generation.set(status.generation)
-        heads = {name: entry for name, entry in status.folders.items() if name.startswith("head_")}
+        heads = {name: entry for name, entry in status.folders.items() if task_of(name) is not None}
         for state in STATES:
             self.tasks.labels(state).set(sum(entry.state == state for entry in heads.values()))
         self.refused.clear()
@@ -146,10 +146,8 @@ class Service:
                     self.wiring.repository, stop_event=self._stop, debounce=200, step=50, raise_interrupt=False
                 ):
                     self._woken.set()
-            except (
-                OSError,
-                RuntimeError,
-            ):  # the folder is not there, or too many are watched: passes come by the clock
+            except (OSError, RuntimeError):
+                # The folder is not there, or too many are watched: passes come by the clock.
                 self._stop.wait(POLL)
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from espalier.contract import SEGMENT_NAME, TOKENIZER, FolderStatus, HeadInfo, StatusFile, TrunkInfo, head_name
+from espalier.contract import SEGMENT_NAME, TOKENIZER, FolderStatus, HeadInfo, StatusFile, TrunkInfo, head_name, task_of
 from espalier.errors import ContractError, UnavailableError, WiringError
 from espalier.repository import adopted
 from serving.control import Control
@@ -22,7 +22,7 @@ from serving.deploy import Deployer, Rejected
 from serving.inbox import Folder, Inbox
 from serving.live import HISTORY, Live, State, Wired
 from serving.plan import TRUNK, Head, Segment, Served, Trunk, choose
-from serving.reader import Reader, task_of
+from serving.reader import Reader
 
 log = logging.getLogger("espalier.wiring")
 

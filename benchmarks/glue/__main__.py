@@ -6,7 +6,6 @@ Every step that is done is kept, also after a kill: the same command goes on. Wi
 loaded from the hub. Without a GPU the rows are limited, so that the whole takes a few hours.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,13 +16,14 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from benchmarks import run
 from benchmarks.glue.report import Plan, Results, write_report
 from clients import Client
 from clients.evaluate import evaluate
 from espalier import show
 from espalier.branch import BranchCard
 from espalier.encoder import load_base
-from espalier.errors import EspalierError, SpecError
+from espalier.errors import SpecError
 from espalier.spec import TaskSpec
 from export.costs import measure
 from export.plan import planned_branches
@@ -196,8 +196,4 @@ def take_all(steps: Sequence[Step], do: Callable[[Step, Report], Card]) -> dict[
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except EspalierError as error:
-        show.error(str(error))
-        sys.exit(1)
+    run(main)

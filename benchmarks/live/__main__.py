@@ -24,17 +24,19 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import run
 from benchmarks.live.heads import FAULTS, copy, ship
 from benchmarks.live.load import Counts, Load, wait_until
+from benchmarks.live.stage import stage
 from clients import Client
 from espalier import show
 from espalier.configs import read_config
 from espalier.contract import HeadInfo
 from espalier.encoder import load_base
-from espalier.errors import EspalierError, RequestError
+from espalier.errors import RequestError
 from espalier.files import exchange, write_whole
-from serving.live import Live, live_folder
-from serving.triton import TritonServer, free_ports
+from serving.live import Live
+from serving.triton import free_ports
 
 UNTOUCHED = {"calm": (2, 100), "quiet": (3, 101)}
 TOUCHED = {f"task{number}": (2 + number % 2, number) for number in range(8)}
@@ -93,9 +95,8 @@ class Wiring:
 class Check:
     """The run: what is changed, and how it is seen that the change arrived."""
 
-    def __init__(self, shop: Path, repository: Path, url: str) -> None:
-        self.shop, self.repository = shop, repository
-        self.live = Live(live_folder(repository))
+    def __init__(self, shop: Path, repository: Path, live: Live, url: str) -> None:
+        self.shop, self.repository, self.live = shop, repository, live
         self.client = Client(url, timeout=120.0)
         self.changes = 0
         self.refused: dict[str, str] = {}
@@ -181,16 +182,9 @@ def _check(home: Path, base: str, requests: int, tries: int) -> dict[str, Any]:
         shutil.rmtree(repository / "multitask")
         ship(loaded, TOUCHED, shop / "first", home / "branches" / "first")
         ship(loaded, {task: (tap, seed + 50) for task, (tap, seed) in TOUCHED.items()}, shop / "second", home / "b2")
-    live = Live(live_folder(repository))
-    live.prepare()
-    http, grpc, metrics = free_ports(3)
-    server = TritonServer(
-        live.models, log_file=Path("logs/live-check.log"), http_port=http, grpc_port=grpc, metrics_port=metrics,
-        ready_model=None, model_control="explicit",
-    )  # fmt: skip
-    with server, contextlib.ExitStack() as stack:
+    with stage(repository, Path("logs/live-check.log")) as (live, server), contextlib.ExitStack() as stack:
         wiring = stack.enter_context(Wiring(repository, server.grpc_url, Path("logs/live-check-wiring.log")))
-        check = Check(shop, repository, server.grpc_url)
+        check = Check(shop, repository, live, server.grpc_url)
         for task in UNTOUCHED:
             wait_until(lambda task=task: check.answers(task))
         load = Load(server.grpc_url, server.http_url, list(UNTOUCHED), list(TOUCHED))
@@ -262,8 +256,4 @@ def _line(counts: Counts) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except EspalierError as error:
-        show.error(str(error))
-        sys.exit(1)
+    run(main)

@@ -8,7 +8,6 @@ plot.
 import asyncio
 import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,16 +16,15 @@ from typing import Annotated
 
 import typer
 
+from benchmarks import run
 from benchmarks.live.heads import copy, ship
 from benchmarks.live.load import TEXTS
+from benchmarks.live.stage import stage
 from clients import AsyncClient
 from espalier import show
 from espalier.encoder import load_base
-from espalier.errors import EspalierError
 from espalier.files import write_whole
 from serving.control import Control
-from serving.live import Live, live_folder
-from serving.triton import TritonServer, free_ports
 from serving.wiring import Wiring
 from training.plots import INK, LINE, new_figure, write_figure
 
@@ -80,15 +78,9 @@ def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "
         for folder in shop.iterdir():
             if folder.name.startswith(("trunk_", "tokenizer")):
                 copy(folder, repository)
-    live = Live(live_folder(repository))
-    live.prepare()
-    http, grpc, metrics = free_ports(3)
     rates: dict[str, float] = {}
     one: dict[str, float] = {}
-    with TritonServer(
-        live.models, log_file=Path("logs/growth.log"), http_port=http, grpc_port=grpc, metrics_port=metrics,
-        ready_model=None, model_control="explicit",
-    ) as server:  # fmt: skip
+    with stage(repository, Path("logs/growth.log")) as (live, server):
         wiring = Wiring(repository, live, Control(server.grpc_url))
         for count in STEPS:
             with show.waiting(f"{count} tasks"):
@@ -115,8 +107,4 @@ def _plot(every: dict[str, float], one: dict[str, float], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except EspalierError as error:
-        show.error(str(error))
-        sys.exit(1)
+    run(main)
