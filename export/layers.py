@@ -4,6 +4,10 @@ Letters as in `espalier.encoder` and `export.ragged`: B items, T packed tokens, 
 A attention heads of width d.
 """
 
+from functools import partial
+
+from torch import Tensor
+
 from espalier.encoder import Layer
 from export.graph import Graph
 from export.ragged import Layout, grid
@@ -40,10 +44,21 @@ def folded_layer(
     have gone through a folded layer already. Attention is re-associated: with q the query of
     [CLS], q·Kᵀ = (q·Wk)·xᵀ and p·V = (p·x)·Wvᵀ + bv (the p sum to 1), so keys and values are never formed per token;
     the key's bias drops out, since softmax ignores a constant. Exact, at 2AH instead of 12H² multiply-adds a token.
+
+    The products that follow are formed such that nothing but the number of rows depends on the batch: by attention head
+    with constant matrices, which ONNX Runtime packs when it loads them, and scores as x·q'ᵀ. On a CPU each row is then
+    summed in one order, so that an answer is the same to the last bit whatever else is in its batch.
     """
     g = graph
     size, heads = layer.query.in_features, layer.heads
     width = size // heads
+
+    def by_head(x: str, part: str, weights: Tensor) -> str:
+        """Multiply each attention head's columns of `x` with its own matrix, `weights` [A,·,·]."""
+        columns = g.ops("Split", heads, x, axis=1)
+        matrices = [g.weight(f"{name}.{part}.{index}.weight", weight) for index, weight in enumerate(weights)]
+        return g.op("Concat", *map(partial(g.op, "MatMul"), columns, matrices), axis=1)
+
     tokens = g.op("Gather", hidden, grid(g, layout, starts), axis=0)  # [B,S,H]
     if first is None:
         first = g.op("Gather", hidden, starts, axis=0)  # [B,H]
@@ -53,15 +68,13 @@ def folded_layer(
 
     scale = width**-0.5
     query = g.affine(f"{name}.query", first, layer.query.weight.T * scale, layer.query.bias * scale)  # [B,H]
-    by_head = g.op("Transpose", g.op("Reshape", query, g.ints(-1, heads, width)), perm=[1, 0, 2])  # [A,B,d]
-    key = g.weight(f"{name}.key.weight", layer.key.weight.view(heads, width, size))  # [A,d,H]
-    probe = g.op("Transpose", g.op("MatMul", by_head, key), perm=[1, 0, 2])  # [B,A,H]
-    scores = g.op("MatMul", probe, g.op("Transpose", tokens, perm=[0, 2, 1]))  # [B,A,S]
-    weights = g.op("Softmax", g.op("Add", scores, layout.mask), axis=-1)
-    mixed = g.op("Transpose", g.op("MatMul", weights, tokens), perm=[1, 0, 2])  # [A,B,H]
-    value = g.weight(f"{name}.value.weight", layer.value.weight.view(heads, width, size).transpose(1, 2))  # [A,H,d]
-    attended = g.op("Transpose", g.op("MatMul", mixed, value), perm=[1, 0, 2])  # [B,A,d]
-    attended = g.op("Reshape", attended, g.ints(-1, size))
+    key = layer.key.weight.view(heads, width, size)  # [A,d,H]
+    probe = g.op("Reshape", by_head(query, "key", key), g.ints(-1, heads, size))  # [B,A,H]
+    scores = g.op("MatMul", tokens, g.op("Transpose", probe, perm=[0, 2, 1]))  # [B,S,A]
+    scores = g.op("Add", g.op("Transpose", scores, perm=[0, 2, 1]), layout.mask)  # [B,A,S]
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), tokens)  # [B,A,H]
+    value = layer.value.weight.view(heads, width, size).transpose(1, 2)  # [A,H,d]
+    attended = by_head(g.op("Reshape", mixed, g.ints(-1, heads * size)), "value", value)  # [B,H]
     attended = g.op("Add", attended, g.weight(f"{name}.value.bias", layer.value.bias))
     return _finish(g, name, layer, first, attended)
 

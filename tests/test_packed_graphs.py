@@ -89,6 +89,37 @@ def test_head_equals_branch_for_any_mix_of_lengths(
         assert compare_head(model, "head", trunk, branch, 1, Target.CPU) < 1e-4
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(2, 40), min_size=2, max_size=8),  # every text has at least [CLS] and [SEP]
+    st.sampled_from(["segment", *Kind]),
+    st.integers(1, 2),
+    st.integers(0, 2**16),
+)
+def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_in_the_batch(
+    lengths: list[int], model: str, threads: int, seed: int
+) -> None:
+    trunk = encoder(hidden=64)
+    if model == "segment":
+        content = segment_model(trunk, 1, 3, Target.CPU)
+    else:
+        kind = Kind(model)
+        content = head_model(branch_of(trunk, kind, 2, 1 if kind is Kind.REGRESSION else 5), "task", Target.CPU)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(content, options)
+    name = "hidden_below" if model == "segment" else "hidden"
+    rng = np.random.default_rng(seed)
+    items = [rng.normal(size=(length, 64)).astype(np.float32) for length in lengths]
+
+    def run(*items: np.ndarray) -> np.ndarray:
+        count = np.array([[len(item), 64] for item in items], np.int32)
+        hidden = np.concatenate(items).ravel()
+        return session.run(None, {name: hidden, "length": count[:, :1], "shape": count})[0]
+
+    np.testing.assert_array_equal(run(*items), np.concatenate([run(item) for item in items]))
+
+
 @pytest.mark.parametrize("sizes", [(8, 1), (8, 8), (24, 3)], ids=lambda sizes: f"H{sizes[0]}-A{sizes[1]}")
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
 def test_other_sizes_and_activations(sizes: tuple[int, int], activation: str) -> None:
@@ -135,8 +166,8 @@ def test_a_folded_head_has_no_keys_or_values_per_token() -> None:
     trunk = encoder(hidden=16, heads=4)
     model = onnx.load_from_string(head_model(branch_of(trunk, Kind.CLASSIFICATION, 1, 3), "task", Target.CPU))
     shapes = {weight.name: list(weight.dims) for weight in model.graph.initializer}
-    assert shapes["layers.0.key.weight"] == [4, 4, 16]
-    assert shapes["layers.0.value.weight"] == [4, 16, 4]
+    assert [shapes[f"layers.0.key.{head}.weight"] for head in range(4)] == [[4, 16]] * 4
+    assert [shapes[f"layers.0.value.{head}.weight"] for head in range(4)] == [[16, 4]] * 4
     assert "layers.0.key.bias" not in shapes
 
 
@@ -145,7 +176,7 @@ def test_a_further_folded_layer_costs_as_little() -> None:
     model = onnx.load_from_string(head_model(branch_of(trunk, Kind.REGRESSION, 3, 1, folded=2), "task", Target.CPU))
     shapes = {weight.name: list(weight.dims) for weight in model.graph.initializer}
     assert shapes["layers.0.key.weight"] == [16, 16]
-    assert shapes["layers.1.key.weight"] == shapes["layers.2.key.weight"] == [4, 4, 16]
+    assert shapes["layers.1.key.0.weight"] == shapes["layers.2.key.3.weight"] == [4, 16]
 
 
 def test_a_wrong_graph_is_refused() -> None:
