@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from clients.deadline import Deadline
 from clients.protocol import Call, Infer, Reply
 from espalier.contract import ENSEMBLE, TEXT
-from espalier.errors import RequestError, UnavailableError
+from espalier.errors import RequestError, UnavailableError, one_line
 
 _PREFIX = re.compile(rf"^(\[request id: [^]]*\] |in ensemble '{ENSEMBLE}', )*")
 
@@ -50,14 +50,9 @@ def read_reply(call: Infer, result: Any, generation: str) -> Reply:
 
 def refused(message: str | None) -> RequestError:
     """Return the exception for the server's own sentence, without where in the server it was said."""
-    return RequestError(_PREFIX.sub("", sentence(message)))
+    return RequestError(_PREFIX.sub("", one_line(message)))
 
 
 def unavailable(url: str, message: object) -> UnavailableError:
     """Return the exception for a server that does not answer."""
-    return UnavailableError(f"{url} is unavailable: {sentence(str(message))}")
-
-
-def sentence(message: str | None) -> str:
-    """Return `message` on one line."""
-    return " ".join((message or "the server gave no reason").split())
+    return UnavailableError(f"{url} is unavailable: {one_line(message)}")

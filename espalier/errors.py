@@ -43,6 +43,7 @@ __all__ = [
     "UnknownTaskError",
     "WiringError",
     "first_problem",
+    "one_line",
 ]
 
 
@@ -114,3 +115,9 @@ def first_problem(error: "ValidationError") -> tuple[str, str]:
     """Return the first problem that pydantic found: the place, its parts joined by dots, and what is wrong there."""
     first = error.errors()[0]
     return ".".join(str(part) for part in first["loc"]), first["msg"]
+
+
+def one_line(message: object) -> str:
+    """Return what a message of others says, on one line."""
+    text = " ".join(str(message or "").split()) or "no reason was given"
+    return text.encode(errors="replace").decode()

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from espalier.channel import CHANNEL_ARGUMENTS
 from espalier.contract import OFFSETS, TEXT, HeadInfo, Kind, Structure, TrunkInfo
-from espalier.errors import UnavailableError, WiringError
+from espalier.errors import UnavailableError, WiringError, one_line
 
 Array = npt.NDArray[Any]
 
@@ -72,10 +72,10 @@ class Control:
             return method(*arguments, **options)
         except InferenceServerException as error:
             if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"):
-                raise UnavailableError(f"{self.url} is unavailable: {_line(error.message())}") from error
+                raise UnavailableError(f"{self.url} is unavailable: {one_line(error.message())}") from error
             if not self._is_live():  # a server that is going down gives all kinds of reasons
-                raise UnavailableError(f"{self.url} is unavailable: {_line(error.message())}") from error
-            raise Refused(_line(error.message())) from error
+                raise UnavailableError(f"{self.url} is unavailable: {one_line(error.message())}") from error
+            raise Refused(one_line(error.message())) from error
 
     def _is_live(self) -> bool:
         """Tell whether the server answers."""
@@ -145,7 +145,3 @@ def _check_answer(info: HeadInfo, answer: Array, tokens: int) -> None:
     )
     if probabilities and np.abs(answer.sum(axis=-1) - 1).max(initial=0) > _TOLERANCE:
         raise Refused("its probabilities do not sum up to one")
-
-
-def _line(message: str | None) -> str:
-    return " ".join((message or "no reason given").split())

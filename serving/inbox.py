@@ -155,7 +155,7 @@ def read_content(folder: Folder, keep: Callable[[str], bool]) -> Content:
     names = [name for name, *_ in folder.signature if not PurePosixPath(name).name.startswith(".")]
     versions = {int(top) for top in (PurePosixPath(name).parts[0] for name in names if "/" in name) if is_version(top)}
     if not versions:
-        raise ContractError(f"{folder.path} has no version folder, such as 1/; copy or export it again")
+        raise ContractError(f"{folder.name} has no version folder, such as 1/; copy or export it again")
     version = max(versions)
     files = {}
     for name in names:
@@ -166,14 +166,14 @@ def read_content(folder: Folder, keep: Callable[[str], bool]) -> Content:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise ContractError(f"{folder.path} holds a file whose name is not UTF-8; rename it") from error
+            raise ContractError(f"{folder.name} holds a file whose name is not UTF-8; rename it") from error
         if not path.resolve().is_relative_to(folder.path.parent.resolve()):
-            raise ContractError(f"{path} is a link out of the repository; copy the file itself")
+            raise ContractError(f"{folder.name}/{name} is a link out of the repository; copy the file itself")
         if path.exists() and not path.is_file():
-            raise ContractError(f"{path} is no plain file; remove it")
+            raise ContractError(f"{folder.name}/{name} is no plain file; remove it")
         files[name] = path
     if CONFIG_FILE not in files:
-        raise ContractError(f"{folder.path / CONFIG_FILE} is missing; every model folder has one")
+        raise ContractError(f"{folder.name}/{CONFIG_FILE} is missing; every model folder has one")
     try:
         digest = _read(files, None)
     except FileNotFoundError as error:

@@ -65,10 +65,10 @@ class State(BaseModel):
         """All models that the state needs, the ensemble aside."""
         return {self.tokenizer, *self.trunk, *(head.model for head in self.heads.values())}
 
-    def serves_as(self, other: "State") -> bool:
-        """Tell whether the two serve the same."""
-        parts = [(s.tokenizer, s.trunk, {t: h.model for t, h in s.heads.items()}) for s in (self, other)]
-        return parts[0] == parts[1]
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """All that Triton sees of it: equal parts are served alike."""
+        return self.tokenizer, self.trunk, {task: head.model for task, head in self.heads.items()}
 
 
 def live_folder(repository: Path) -> Path:
@@ -103,17 +103,22 @@ class Live:
 
     def history(self) -> list[State]:
         """Return the kept states, the newest last. Raises WiringError if one cannot be read."""
-        states = []
-        for file in sorted(self._history.glob("[0-9]*.json"), key=lambda file: int(file.stem)):
-            try:
-                states.append(State.model_validate_json(file.read_bytes()))
-            except (OSError, ValidationError) as error:
-                raise WiringError(f"{file} is damaged; remove it, and what it told is forgotten") from error
-        return states
+        return [self._read(generation) for generation in self._generations()]
 
     def state(self) -> State | None:
-        """Return what is served now; None if nothing ever was."""
-        return next(reversed(self.history()), None)
+        """Return what is served now; None if nothing ever was. Raises WiringError if that cannot be read."""
+        generations = self._generations()
+        return self._read(generations[-1]) if generations else None
+
+    def _generations(self) -> list[int]:
+        return sorted(int(file.stem) for file in self._history.glob("[0-9]*.json"))
+
+    def _read(self, generation: int) -> State:
+        file = self._file(generation)
+        try:
+            return State.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise WiringError(f"{file} is damaged; remove it, and what it told is forgotten") from error
 
     def next_generation(self) -> int:
         """Return a number that no state and no half-made ensemble has had.
@@ -122,7 +127,7 @@ class Live:
         takes the place of this one.
         """
         made = [int(path.name) for path in (self.models / ENSEMBLE).glob("[0-9]*")]
-        return max([*made, *(state.generation for state in self.history())], default=int(time.time())) + 1
+        return max([*made, *self._generations()], default=int(time.time())) + 1
 
     def record(self, state: State) -> None:
         """Make `state` the newest of the history."""

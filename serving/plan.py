@@ -66,8 +66,8 @@ class Served:
     @property
     def parts(self) -> tuple[object, ...]:
         """All that Triton sees of it: equal parts are served alike."""
-        heads = {task: head.model for task, head in self.heads.items()}
-        return self.tokenizer, [segment.model for segment in self.chain], heads
+        chain = tuple(segment.model for segment in self.chain)
+        return self.tokenizer, chain, {task: head.model for task, head in self.heads.items()}
 
     def only(self, tasks: Collection[str]) -> "Served":
         """Return this with no other tasks, nor segments that they do not need: Triton refuses tensors without use."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from espalier.contract import CANDIDATE, SLOT_NAME, TOKENIZER, HeadInfo, TrunkInfo, task_of
-from espalier.errors import ContractError
+from espalier.errors import ContractError, one_line
 from espalier.repository import adopted
 from serving import check
 from serving.inbox import Content, Folder, Restless, Signature, read_content
@@ -56,9 +56,9 @@ class Reader:
                 restless = True
                 continue
             except ContractError as error:
-                read.why = _line(error)
+                read.why = one_line(error)
             except Exception as error:  # whatever a folder may hold, it must not keep the others from being served
-                read.why = f"{folder.path} cannot be read: {_line(error) or type(error).__name__}"
+                read.why = f"{name} cannot be read: {one_line(str(error) or type(error).__name__)}"
             self.reads[name] = read
         return restless
 
@@ -111,7 +111,3 @@ class Reader:
                 raise type(error)(str(error).replace(str(made), name)) from error
 
         self._live.adopt(model, fill)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).encode(errors="replace").decode()

@@ -135,15 +135,16 @@ class _Pass:
         while True:
             target, refused = self._choose()
             overruled, trunk = self._still_overruled()
-            same = self.state is not None and (overruled, trunk) == (self.state.overruled, self.state.overruled_trunk)
-            if target is None or (same and self.served is not None and target.parts == self.served.parts):
+            if target is None:
+                break
+            if self.state is not None and self.served is not None and target.parts == self.served.parts:
+                self._pass_over(self.state, overruled, trunk)
                 break
             try:
                 change = self._change(target, overruled, trunk, refused)
             except Rejected as error:
                 self._reject(error)
                 continue
-            self.served, self.state = target, change.state
             break
         status = self._tell(refused, loading=set())
         return Pass(status, change, restless, self.refusals)
@@ -262,21 +263,19 @@ class _Pass:
         self, target: Served, overruled: dict[str, str], trunk: tuple[str, ...], refused: Mapping[str, str],
         why: str = "",
     ) -> Change:  # fmt: skip
+        """Serve `target`, and write down that `overruled` and `trunk` are passed over. Raises Rejected."""
         old = self.served.heads if self.served else {}
         new = [task for task, head in target.heads.items() if task not in old or old[task].model != head.model]
-        if self.served is None or target.parts != self.served.parts:
-            self._tell(refused, loading=set(new))
-            self._try_out(target, new)
-            generation = self.live.next_generation()
-            try:
-                self.deployer.point(target, generation)
-            except WiringError:
-                if self.served is not None and self.state is not None:
-                    self.deployer.restore(self.served, self.state.generation)
-                raise
-        else:  # nothing that is served changes, only what is passed over
-            assert self.state is not None
-            generation = self.state.generation
+        self._tell(refused, loading=set(new))
+        self._try_out(target, new)
+        generation = self.live.next_generation()
+        try:
+            self.deployer.point(target, generation)
+        except WiringError:
+            if self.served is not None and self.state is not None:
+                self.deployer.restore(self.served, self.state.generation)
+            raise
+        first = self.served is None
         reached = State(
             generation=generation,
             time=datetime.now(UTC).replace(microsecond=0),
@@ -290,16 +289,20 @@ class _Pass:
             overruled=overruled,
             overruled_trunk=trunk,
         )
-        if self.state is not None and generation == self.state.generation:
-            reached = reached.model_copy(update={"time": self.state.time, "changes": self.state.changes})
         self.live.record(reached)
-        if self.state is None or generation != self.state.generation:
-            log.info("generation %d: %s", generation, ", ".join(reached.changes))
+        self.served, self.state = target, reached
+        log.info("generation %d: %s", generation, ", ".join(reached.changes))
         now = time.time()
         changed = {name: folder.changed for name, folder in self.folders.items() if folder is not None}
         seconds = {task: now - changed[head_name(task)] for task in new if head_name(task) in changed}
-        self._tidy(reached, at_once=self.served is None)
+        self._tidy(reached, at_once=first)
         return Change(reached, seconds)
+
+    def _pass_over(self, state: State, overruled: dict[str, str], trunk: tuple[str, ...]) -> None:
+        """Write down what is passed over from now on; what is served stays."""
+        if (overruled, trunk) != (state.overruled, state.overruled_trunk):
+            self.state = state.model_copy(update={"overruled": overruled, "overruled_trunk": trunk})
+            self.live.record(self.state)
 
     def _try_out(self, target: Served, new: list[str]) -> None:
         fresh = target.models - (self.served.models if self.served else set())
@@ -331,7 +334,7 @@ class _Pass:
         if self.state is None:
             raise WiringError(f"{self.live.path} knows of nothing that was served")
         if generation is None:
-            before = [state for state in history if not state.serves_as(self.state)]
+            before = [state for state in history if state.parts != self.state.parts]
             if not before:
                 raise WiringError(f"{self.live.path} knows of nothing else that was served")
             goal = before[-1]
@@ -340,7 +343,7 @@ class _Pass:
             if generation not in kept:
                 raise WiringError(f"generation {generation} is not kept; kept are {', '.join(map(str, kept))}")
             goal = kept[generation]
-        if goal.serves_as(self.state):
+        if goal.parts == self.state.parts:
             raise WiringError(f"generation {goal.generation} is what is served now")
         self._wait_for_rest()
         target = self._target(goal)
@@ -356,7 +359,6 @@ class _Pass:
             change = self._change(target, overruled, passed, {}, f"rolled back to {goal.generation}")
         except Rejected as error:
             raise WiringError(f"generation {goal.generation} cannot be served: {error}") from error
-        self.served, self.state = target, change.state
         self._tell({}, loading=set())
         return change.state
 
