@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve glue live-check test lint help
+.PHONY: demo serve glue live-check live-growth test lint help
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -27,6 +27,9 @@ glue: $(STAMP)  ## train, serve and score GLUE (hours on a CPU; goes on where it
 
 live-check: $(STAMP)  ## change tasks under load, kill the wiring and Triton, count what failed; writes docs/live.json
 	$(BIN)/python -m benchmarks.live
+
+live-growth: $(STAMP)  ## what 1 to 32 tasks in one repository cost; writes docs/live-growth.json and its plot
+	$(BIN)/python -m benchmarks.live.growth
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -37,13 +37,11 @@ def measure(
 ) -> Costs:
     """Time trunks up to `taps` and heads on ragged batches of mixed lengths.
 
-    Lengths are log-normal, 5 to 128 tokens, about 23 in the mean: short questions with a tail of longer texts.
     `report` is told the rounds done, and all rounds.
     """
     encoder, config = base.encoder, base.config
     rng = np.random.default_rng(0)
-    longest = min(128, config.max_position_embeddings)
-    lengths = np.clip(rng.lognormal(2.95, 0.6, (BATCHES, BATCH)).round().astype(int), 5, longest)
+    lengths = mixed_lengths(rng, BATCHES * BATCH, config.max_position_embeddings).reshape(BATCHES, BATCH)
     batches = [
         ragged_batch(rng, [[int(length)] for length in row], config.vocab_size, config.type_vocab_size)
         for row in lengths
@@ -76,6 +74,11 @@ def measure(
         mean_length=fmean(lengths.ravel().tolist()),
         batch=BATCH,
     )
+
+
+def mixed_lengths(rng: np.random.Generator, count: int, longest: int = 128) -> "np.typing.NDArray[np.int64]":
+    """Draw lengths in tokens: log-normal, 5 to 128, 23 in the mean – short questions with a tail of longer texts."""
+    return np.clip(rng.lognormal(2.95, 0.6, count).round().astype(np.int64), 5, min(128, longest))
 
 
 def _session(model: bytes) -> onnxruntime.InferenceSession:

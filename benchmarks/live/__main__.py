@@ -25,9 +25,10 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import run
-from benchmarks.live.heads import FAULTS, copy, ship
+from benchmarks.live.heads import FAULTS, copy
 from benchmarks.live.load import Counts, Load, wait_until
 from benchmarks.live.stage import stage
+from benchmarks.untrained import ship
 from clients import Client
 from espalier import show
 from espalier.configs import read_config

