@@ -142,7 +142,12 @@ class Processes:
 
     def submit(self, trial: Trial, inputs: str) -> "Future[Made]":
         """Let a process run `trial`."""
-        return self._pool.submit(_in_worker, trial)
+        try:
+            return self._pool.submit(_in_worker, trial)
+        except BrokenProcessPool as error:  # a process died since the last result
+            failed: Future[Made] = Future()
+            failed.set_exception(error)
+            return failed
 
     def result(self, future: "Future[Made]") -> Made:
         """Return what the trial gave."""
