@@ -149,9 +149,9 @@ def exported(done: "Sequence[Exported]", repository: Path) -> None:
 
 def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None, state: str = "serving") -> None:
     """Print what is deployed and, where the wiring tells of it, what became of each folder; the others have `state`."""
-    table = Table(box=None, padding=(0, 2, 0, 0))  # narrow: eight columns on a terminal of 80
-    for column in ("task", "state", "kind", "text", "tap", "layers", "dev metric", "trunk"):
-        table.add_column(column, no_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0))  # narrow: seven columns on a terminal of 80
+    for column in ("task", "state", "kind", "text", "tap", "layers", "dev metric"):
+        table.add_column(column, no_wrap=True, min_width=len("serving") if column == "state" else None)
     infos = {head.task: head for head in heads}
     folders = status.folders if status else {}
     for task in sorted({*infos, *(task_of(name) or name for name in folders)}):
@@ -168,7 +168,6 @@ def tasks(heads: Sequence[HeadInfo], status: StatusFile | None = None, state: st
             str(head.tap),
             f"{head.layers} ({head.folded} folded)" if head.folded > 1 else str(head.layers),
             f"{head.metric} {head.score:.3f}",
-            head.fingerprint[:8],
         )
     output.print(table)
     _reasons(folders)
