@@ -20,6 +20,7 @@ from espalier.repository import Repository
 if TYPE_CHECKING:
     from clients import Client
     from espalier.branch import BranchCard
+    from espalier.encoder import Base as LoadedBase
     from espalier.spec import TaskSpec
     from serving.control import Control
     from serving.live import Live
@@ -344,9 +345,9 @@ def export(
     branches: Annotated[list[Path] | None, typer.Argument(help="Branch folders to add or replace.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Add or replace the branches of this plan.")] = None,
     repository: RepositoryPath = Path("model_repository"),
-    target: Annotated[Target, typer.Option(help="cpu: FP32; gpu: FP16.")] = Target.CPU,
+    target: Annotated[Target, typer.Option(help="cpu: FP32; int8: the CPU, 8-bit; gpu: FP16.")] = Target.CPU,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the trunk (cpu). [default: as deployed, or all cores]")
+        int | None, typer.Option(min=1, help="Threads of the trunk (cpu, int8). [default: as deployed, or all cores]")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the branches had it.")] = None,
     candidate: Annotated[
@@ -356,6 +357,7 @@ def export(
 ) -> None:
     """Write branches into a model repository. Heads of other tasks stay as they are, byte for byte."""
     with show.waiting("exporting") as status:
+        from export.gate import Quantized, quantized_score
         from export.plan import planned_branches
         from export.repository import Exported
         from export.repository import export as export_branches
@@ -363,8 +365,14 @@ def export(
         def report(exported: Exported) -> None:
             status.update(f"exporting: {exported.model} done")
 
+        def gate(models: Quantized, card: "BranchCard", base: "LoadedBase") -> float:
+            def asked(done: int, total: int) -> None:
+                status.update(f"exporting: {card.spec.name}, {done} of {total} rows of dev asked")
+
+            return quantized_score(models, card, base, asked)
+
         wanted = [*(branches or ()), *(planned_branches(plan) if plan else ())]
-        done = export_branches(wanted, repository, target, threads, base, candidate=candidate, report=report)
+        done = export_branches(wanted, repository, target, threads, base, candidate=candidate, report=report, gate=gate)
     if as_json:
         _print_json([{"model": e.model, "written": e.written, "difference": e.difference} for e in done])
     else:

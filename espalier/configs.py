@@ -62,7 +62,7 @@ def _onnx_config(name: str, source: str, target: Target, threads: int | None) ->
     config.instance_group.add(kind=target.instance_kind, count=1)
     config.dynamic_batching.SetInParent()
     config.default_model_filename = MODEL_FILE
-    if target is Target.CPU and threads is not None:
+    if target is not Target.GPU and threads is not None:
         config.parameters[THREADS].string_value = str(threads)
     return config
 

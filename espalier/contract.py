@@ -63,21 +63,22 @@ class Structure(StrEnum):
 
 
 class Target(StrEnum):
-    """The device an export is made for."""
+    """What an export is made for: the CPU in FP32, the CPU with 8-bit products, or the GPU in FP16."""
 
     CPU = "cpu"
+    INT8 = "int8"
     GPU = "gpu"
 
     @property
     def hidden_type(self) -> int:
         """Triton data type of the hidden states between the steps."""
-        return int(pb.TYPE_FP32 if self is Target.CPU else pb.TYPE_FP16)
+        return int(pb.TYPE_FP16 if self is Target.GPU else pb.TYPE_FP32)
 
     @property
     def instance_kind(self) -> int:
         """Triton instance group kind."""
         group = pb.ModelInstanceGroup
-        return int(group.KIND_CPU if self is Target.CPU else group.KIND_GPU)
+        return int(group.KIND_GPU if self is Target.GPU else group.KIND_CPU)
 
 
 class _Info(BaseModel):

@@ -140,7 +140,7 @@ def selection(
 
 def exported(done: "Sequence[Exported]", repository: Path) -> None:
     """Print the model folders of an export."""
-    table = Table("model", "state", "largest difference from PyTorch", title=str(repository), title_justify="left")
+    table = Table("model", "state", "difference from PyTorch", title=str(repository), title_justify="left")
     for item in done:
         difference = "" if item.difference is None else f"{item.difference:.1e}"
         table.add_row(item.model, "written" if item.written else "up to date", difference)

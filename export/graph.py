@@ -10,22 +10,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 OPSET = 17  # the first with LayerNormalization; ONNX Runtime 1.19 in Triton 24.10 refuses above 21
 IR_VERSION = 8  # the one that belongs to opset 17; ONNX Runtime 1.19 refuses above 10
+CONTRIB = "com.microsoft"  # operators that every ONNX Runtime has, but ONNX does not
+ZERO = np.array(128, np.uint8)
+"""What stands for 0: with signed weights, unsigned rows are what a CPU's 8-bit instructions multiply (VNNI)."""
+TINY = 1e-30
+"""Least magnitude of a row or column, so that one of zeros is not divided by zero."""
 
 
 class Graph:
     """An ONNX graph that grows operator by operator; `dtype` is the type of its weights and hidden states.
 
+    With `int8` the products of `linear` and `affine` are of 8-bit integers, scaled by row and by column. No row's scale
+    depends on another row and integers are summed exactly, so that an answer does not depend on its batch, as it does
+    where the whole input has one scale (DynamicQuantizeLinear).
+
     Names inside begin with `prefix`: those of a loop's body must differ from those around it, which it may also use.
     """
 
-    def __init__(self, name: str, dtype: type[np.floating[Any]], prefix: str = "") -> None:
+    def __init__(self, name: str, dtype: type[np.floating[Any]], *, int8: bool = False, prefix: str = "") -> None:
         self.name = name
         self.dtype = np.dtype(dtype)
+        self._int8 = int8
+        self._quantized: dict[str, tuple[str, str]] = {}  # by tensor: its rows as integers, and their scales
         self._prefix = prefix
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
@@ -93,8 +105,35 @@ class Graph:
 
     def affine(self, name: str, x: str, weight: Tensor, bias: Tensor) -> str:
         """Add x·W + b."""
-        product = self.op("MatMul", x, self.weight(f"{name}.weight", weight))
+        product = self._integer_product(name, x, weight) if self._int8 else self._product(name, x, weight)
         return self.op("Add", product, self.weight(f"{name}.bias", bias))
+
+    def exact_linear(self, name: str, x: str, layer: nn.Linear) -> str:
+        """Add x·Wᵀ + b in the graph's own precision, also where other products are of integers."""
+        return self.op("Add", self._product(name, x, layer.weight.T), self.weight(f"{name}.bias", layer.bias))
+
+    def _product(self, name: str, x: str, weight: Tensor) -> str:
+        return self.op("MatMul", x, self.weight(f"{name}.weight", weight))
+
+    def _integer_product(self, name: str, x: str, weight: Tensor) -> str:
+        """Add x·W for x [N,K] and W [K,M]: signed weights with a scale per column, rows of x with a scale each."""
+        rows, scales = self._quantized.get(x) or self._quantize(x)
+        columns = weight.detach().abs().amax(0).clamp(min=TINY) / 127  # [M]
+        integers = (weight.detach() / columns).round().to(torch.int8)
+        self._weights.append(numpy_helper.from_array(integers.contiguous().numpy(), f"{name}.weight"))
+        product = self.op(
+            "MatMulIntegerToFloat", rows, f"{name}.weight", self.number(1.0), self.weight(f"{name}.scale", columns),
+            self.constant(ZERO), domain=CONTRIB,
+        )  # fmt: skip
+        return self.op("Mul", product, scales)
+
+    def _quantize(self, x: str) -> tuple[str, str]:
+        """Return x [N,K] as unsigned integers about ZERO, and the scale of each row [N,1]."""
+        largest = self.op("ReduceMax", self.op("Abs", x), axes=[-1], keepdims=1)
+        scales = self.op("Mul", self.op("Max", largest, self.number(TINY)), self.number(1 / 127))
+        rows = self.op("QuantizeLinear", self.op("Div", x, scales), self.number(1.0), self.constant(ZERO))
+        self._quantized[x] = rows, scales
+        return rows, scales
 
     def layer_norm(self, name: str, x: str, norm: nn.LayerNorm) -> str:
         """Add a LayerNorm over the last dimension."""
@@ -140,7 +179,7 @@ class Graph:
         """Return the checked model; equal graphs give equal bytes."""
         model = helper.make_model(
             self._proto(),
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid("", OPSET), *([helper.make_opsetid(CONTRIB, 1)] if self._int8 else [])],
             ir_version=IR_VERSION,
             producer_name="espalier",
         )

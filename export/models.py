@@ -14,8 +14,8 @@ from export.viterbi import Words, best_path
 
 
 def precision(target: Target) -> type[np.floating[Any]]:
-    """Type of weights and hidden states for `target`."""
-    return np.float32 if target is Target.CPU else np.float16
+    """Type of hidden states, and of weights that are not quantized, for `target`."""
+    return np.float16 if target is Target.GPU else np.float32
 
 
 def segment_model(encoder: Encoder, start: int, stop: int, target: Target) -> bytes:
@@ -24,7 +24,7 @@ def segment_model(encoder: Encoder, start: int, stop: int, target: Target) -> by
     Inputs: `input_ids` and `token_type_ids` [P], or `hidden_below` [P·H]; `length` [B,1]; `shape` [B,1] or [B,2].
     Output: `hidden` [P,H], zero at pads.
     """
-    graph = Graph(f"trunk_{start}_{stop}", precision(target))
+    graph = Graph(f"trunk_{start}_{stop}", precision(target), int8=target is Target.INT8)
     size = encoder.config.hidden_size
     if start == 0:
         ids = graph.input("input_ids", INT64, ["tokens"])
@@ -50,7 +50,7 @@ def head_model(branch: Branch, task: str, target: Target, words: Words | None = 
     or for tagging `probabilities` [P,C]. With a CRF there is one more input, `input_ids` [P], and the output is `path`
     [P,2]; it needs `words`, the tokens that begin one (see export.viterbi).
     """
-    graph = Graph(f"head_{task}", precision(target))
+    graph = Graph(f"head_{task}", precision(target), int8=target is Target.INT8)
     layout = declare(graph, item_dims=2)
     rows = _rows(graph, "hidden", branch.config.hidden_size)  # [P,H]
     layers: list[Any] = list(branch.layers)
@@ -71,7 +71,7 @@ def head_model(branch: Branch, task: str, target: Target, words: Words | None = 
         ids = graph.input("input_ids", INT64, ["tokens"])
         answer, name, width = best_path(graph, branch.crf, branch.output, words, hidden, ids, layout), "path", 2
     else:
-        answer, name = graph.cast(graph.linear("output", hidden, branch.output), FLOAT), "value"
+        answer, name = graph.cast(graph.exact_linear("output", hidden, branch.output), FLOAT), "value"
         width = branch.output.out_features
         if branch.kind is not Kind.REGRESSION:
             answer, name = graph.op("Softmax", answer, axis=-1), "probabilities"

@@ -34,6 +34,7 @@ from espalier.errors import ExportError, FingerprintError
 from espalier.files import digest, locked, whole_folder, write_whole
 from espalier.repository import Repository, adopted, check_head
 from export.check import compare_head, compare_segment
+from export.gate import Quantized, quantized_score
 from export.models import head_model, segment_model
 from export.viterbi import Words, word_table
 
@@ -46,7 +47,7 @@ class Exported:
 
     model: str
     written: bool  # False: it was up to date, not a byte changed
-    difference: float | None  # largest difference from PyTorch, where an ONNX file was written
+    difference: float | None  # from PyTorch (export.check), where an ONNX file was written
 
 
 def export(
@@ -58,13 +59,15 @@ def export(
     load: Callable[[str, str | None], Base] = load_base,
     report: Callable[[Exported], None] = lambda exported: None,
     candidate: str | None = None,
+    gate: Callable[[Quantized, BranchCard, Base], float] = quantized_score,
 ) -> list[Exported]:
     """Add or replace the heads of `branches` in `repository`; heads of other tasks stay as they are, byte for byte.
 
     The trunk gets a segment end at every tap in use. `threads` is the intra-op pool of the trunk on the CPU target, by
     default what the deployed trunk has, or else ONNX Runtime's own default: the cores of the machine that serves.
     `base` names the base where it is now, if not where the branches were trained. With a `candidate` the heads are
-    those of TASK__CANDIDATE, beside the tasks' own.
+    those of TASK__CANDIDATE, beside the tasks' own. For 8-bit products `gate` returns the dev metric of a branch, or
+    raises ExportError.
 
     Raises ExportError, BranchError or FingerprintError; whatever was not finished then is as it was before.
     """
@@ -86,7 +89,7 @@ def export(
         check_trunk(card, found, str(path))
     try:
         with _locked(repository):
-            made = _Export(found, repository, target, threads, report, candidate)
+            made = _Export(found, repository, target, threads, report, candidate, gate)
             return made.run([(b, c) for _, b, c in loaded])
     except OSError as error:
         raise ExportError(
@@ -122,7 +125,7 @@ def _clear(repository: Path) -> None:
 class _Export:
     def __init__(
         self, base: Base, repository: Path, target: Target, threads: int | None, report: Callable[[Exported], None],
-        candidate: str | None,
+        candidate: str | None, gate: Callable[[Quantized, BranchCard, Base], float],
     ) -> None:  # fmt: skip
         self.base = base
         self.repository = repository
@@ -131,6 +134,8 @@ class _Export:
         self.suffix = f"{CANDIDATE}{candidate}" if candidate else ""
         self.threads = threads or self._deployed_threads()
         self._fingerprint = functools.cache(base.fingerprint)  # a hash over all that is frozen: once per tap
+        self._segment_model = functools.cache(functools.partial(segment_model, base.encoder, target=target))
+        self.gate = gate
         self.report = report
         self.done: list[Exported] = []
 
@@ -142,6 +147,10 @@ class _Export:
         taps = {head.tap for head in new.values()} | {self._tap(config) for config in kept}
         trunk = [self._trunk_info(start, stop) for start, stop in segments_for(taps)]
         self._check_target()
+        if self.target is Target.INT8:
+            for _, card in branches:
+                task = card.spec.name
+                new[task] = self._measured(new[task], card, models[task], trunk)
         heads = [*new.values(), *(check_head(config, trunk) for config in kept)]
 
         self._tokenizer()
@@ -209,6 +218,16 @@ class _Export:
             score=round(card.score, 6),
         )
 
+    def _measured(self, info: HeadInfo, card: BranchCard, model: bytes, trunk: Sequence[TrunkInfo]) -> HeadInfo:
+        """Return `info` with the dev metric that the quantized models give; what is deployed already was measured."""
+        folder = self.repository / info.model
+        there = HeadInfo.read(read_config(folder)) if (folder / CONFIG_FILE).is_file() else None
+        if there is not None and there == info.model_copy(update={"score": there.score}):
+            return there
+        segments = [self._segment_model(part.start, part.stop) for part in trunk if part.stop <= info.tap]
+        score = self.gate(Quantized(segments, model), card, self.base)
+        return info.model_copy(update={"score": round(score, 6)})
+
     def _tokenizer(self) -> None:
         # A link to model_repository/tokenizer/1/model.py, so that an installed export brings it along.
         code = files("export").joinpath("tokenizer_model.py").read_bytes()
@@ -225,7 +244,7 @@ class _Export:
 
     def _segment(self, info: TrunkInfo) -> None:
         encoder = self.base.encoder
-        model = segment_model(encoder, info.start, info.stop, self.target)
+        model = self._segment_model(info.start, info.stop)
         self._put(
             info.model,
             {CONFIG_FILE: render(trunk_config(info, self.threads)).encode(), f"{VERSION}/{MODEL_FILE}": model},

@@ -4,21 +4,30 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
 from conftest import DEEP, SHALLOW, make_branch
 from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.branch import BranchCard, load_branch, read_card, save_branch
 from espalier.configs import read_config
-from espalier.contract import ENSEMBLE, Target
+from espalier.contract import ENSEMBLE, HeadInfo, Target
 from espalier.encoder import Base
 from espalier.errors import CheckpointError, ContractError, ExportError, FingerprintError
 from espalier.repository import Repository, check_head
+from export.gate import Quantized, quantized_score
+from export.models import head_model, segment_model
 from export.repository import Exported, export
 from serving.preflight import check_repository
+from training.data import load_data
+from training.features import featurize
+from training.metrics import dev_metrics
+from training.predict import outputs_of
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -29,8 +38,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def run(base: Base):
     """Export with the base that is loaded already."""
 
-    def run(branches: list[Path], repository: Path, target: Target = Target.CPU):
-        return export(branches, repository, target, threads=1, load=lambda name, revision: base)
+    def run(branches: list[Path], repository: Path, target: Target = Target.CPU, **options: Any):
+        return export(branches, repository, target, threads=1, load=lambda name, revision: base, **options)
 
     return run
 
@@ -123,6 +132,54 @@ def test_gpu_target_is_fp16_and_ends_in_fp32(run, branches: dict[str, Path], tmp
         expected = pb.TYPE_FP32 if path.parent.parent.name.startswith("head_") else pb.TYPE_FP16
         assert config.output[0].data_type == expected
         assert {tensor.data_type for tensor in config.input if tensor.name.startswith("hidden")} <= {pb.TYPE_FP16}
+
+
+def measured(run, branches: dict[str, Path], repository: Path, tasks: Sequence[str]) -> list[str]:
+    """Export with 8-bit products; return the tasks whose dev metric was measured, and believe the branches' own."""
+    asked = []
+
+    def gate(models: Quantized, card: BranchCard, base: Base) -> float:
+        asked.append(card.spec.name)
+        return card.score - 0.001
+
+    run([branches[task] for task in tasks], repository, Target.INT8, gate=gate)
+    return asked
+
+
+def test_int8_heads_tell_the_dev_metric_as_measured(run, branches: dict[str, Path], tmp_path: Path) -> None:
+    repository = tmp_path / "int8"
+    assert measured(run, branches, repository, ["intent", "urgency"]) == ["intent", "urgency"]
+    for task in ("intent", "urgency"):
+        info = HeadInfo.read(read_config(repository / f"head_{task}"))
+        assert info.score == round(load_branch(branches[task])[1].score - 0.001, 6)
+    before = contents(repository)
+    assert measured(run, branches, repository, ["intent", "slots"]) == ["slots"], "what is deployed is measured again"
+    assert contents(repository / "head_intent") == {
+        name.removeprefix("head_intent/"): data for name, data in before.items() if name.startswith("head_intent/")
+    }
+
+
+def test_the_gate_asks_the_dev_split_and_refuses_what_lost_too_much(
+    run, base: Base, branches: dict[str, Path], tmp_path: Path
+) -> None:
+    """Untrained branches: the card's metric is set to what the branch has, and then to what none can keep."""
+    for task in ("intent", "urgency", "slots"):
+        branch, card = load_branch(branches[task])
+        data = load_data(card.spec)
+        features = featurize(card.spec.kind, card.labels, base.tokenizer, base.max_length, data.dev)
+        logits = [output.logits for output in outputs_of(branch, base, card.tap, features, 8)]
+        padded = torch.nn.utils.rnn.pad_sequence(logits, batch_first=True)
+        exact = dev_metrics(card.spec, data, features)(padded.numpy())
+        own = altered(branches[task], tmp_path / task, metrics=exact)
+        model = head_model(branch, task, Target.CPU)
+        segments = [segment_model(base.encoder, 0, card.tap, Target.CPU)]
+        found = quantized_score(Quantized(segments, model), load_branch(own)[1], base)
+        assert found == pytest.approx(exact[card.spec.metric], abs=1e-4), task
+        proud = altered(branches[task], tmp_path / f"{task}-proud", metrics={**exact, card.spec.metric: 1.0})
+        sentence = rf"task {task}: with 8-bit products .* more than 0.5 points are lost; nothing was written"
+        with pytest.raises(ExportError, match=sentence):
+            run([proud], tmp_path / "refused", Target.INT8)
+        assert not list((tmp_path / "refused").glob("*_*"))
 
 
 def test_one_repository_has_one_target(run, repository: Path, branches: dict[str, Path]) -> None:

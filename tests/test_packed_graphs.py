@@ -93,18 +93,19 @@ def test_head_equals_branch_for_any_mix_of_lengths(
 @given(
     st.lists(st.integers(2, 40), min_size=2, max_size=8),  # every text has at least [CLS] and [SEP]
     st.sampled_from(["segment", *Kind]),
+    st.sampled_from([Target.CPU, Target.INT8]),
     st.integers(1, 2),
     st.integers(0, 2**16),
 )
 def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_in_the_batch(
-    lengths: list[int], model: str, threads: int, seed: int
+    lengths: list[int], model: str, target: Target, threads: int, seed: int
 ) -> None:
     trunk = encoder(hidden=64)
     if model == "segment":
-        content = segment_model(trunk, 1, 3, Target.CPU)
+        content = segment_model(trunk, 1, 3, target)
     else:
         kind = Kind(model)
-        content = head_model(branch_of(trunk, kind, 2, 1 if kind is Kind.REGRESSION else 5), "task", Target.CPU)
+        content = head_model(branch_of(trunk, kind, 2, 1 if kind is Kind.REGRESSION else 5), "task", target)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(content, options)
@@ -150,6 +151,37 @@ def test_segments_in_a_chain_equal_one_trunk() -> None:
 def test_fp16_stays_within_its_stated_tolerance(base) -> None:
     model = segment_model(base.encoder, 0, 2, Target.GPU)
     assert 0 < compare_segment(model, "segment", base.encoder, 0, 2, Target.GPU) < check.TOLERANCE[Target.GPU]
+
+
+def test_8_bit_products_stay_within_their_stated_tolerance(base) -> None:
+    encoder, target = base.encoder, Target.INT8
+    differences = [
+        compare_segment(segment_model(encoder, 0, stop, target), "segment", encoder, 0, stop, target) for stop in (1, 3)
+    ]
+    assert 0 < differences[0] < 0.05
+    assert differences[0] < differences[1] < check.TOLERANCE[Target.INT8] / 2
+    other = randomized(Encoder(base.config))
+    with pytest.raises(ExportError, match="segment: the exported graph differs"):
+        compare_segment(segment_model(other, 0, 1, target), "segment", encoder, 0, 1, target)
+
+
+def test_products_of_integers_are_those_of_the_encoder_layers_alone() -> None:
+    trunk = encoder()
+    model = onnx.load_from_string(head_model(branch_of(trunk, Kind.CLASSIFICATION, 2, 3), "task", Target.INT8))
+    types = {weight.name: weight.data_type for weight in model.graph.initializer}
+    assert types["layers.0.up.weight"] == types["layers.1.down.weight"] == onnx.TensorProto.INT8
+    assert types["output.weight"] == onnx.TensorProto.FLOAT
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node) == 6 + 4
+
+
+def test_a_row_and_a_column_of_zeros_are_zeros_with_8_bit_products() -> None:
+    trunk = encoder()
+    with torch.no_grad():
+        trunk.layers[1].up.weight[3] = 0
+        trunk.layers[1].up.bias[:] = 0
+        trunk.layers[0].feed_forward_norm.weight[:] = 0
+        trunk.layers[0].feed_forward_norm.bias[:] = 0
+    assert compare_segment(segment_model(trunk, 0, 2, Target.INT8), "segment", trunk, 0, 2, Target.INT8) < 0.1
 
 
 def test_graphs_are_of_the_agreed_opset_and_equal_from_run_to_run() -> None:
