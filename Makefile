@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve glue live-check live-growth test lint help
+.PHONY: demo serve glue live-check live-growth bench test lint help
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -13,7 +13,7 @@ help:  ## what there is
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch  # first: a CPU build where pip is set up for one
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,ray,export,serve,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,ray,export,serve,bench,dev]'
 	touch $@
 
 demo: $(STAMP)  ## make data, train four tasks, export, serve on a real Triton, ask
@@ -30,6 +30,9 @@ live-check: $(STAMP)  ## change tasks under load, kill the wiring and Triton, co
 
 live-growth: $(STAMP)  ## what 1 to 32 tasks in one repository cost; writes docs/live-growth.json and its plot
 	$(BIN)/python -m benchmarks.live.growth
+
+bench: $(STAMP)  ## what serving costs against today's way; writes docs/performance.md
+	$(BIN)/python -m benchmarks.cost
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

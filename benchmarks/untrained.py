@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from espalier.branch import BranchCard, save_branch
-from espalier.contract import Kind
+from espalier.contract import Kind, Target
 from espalier.encoder import Base
 from espalier.spec import TableData, TaskSpec
 from export.repository import export
@@ -17,7 +17,9 @@ from training.finetune import new_branch
 LABELS = ("never", "seldom", "often", "always")
 
 
-def ship(base: Base, heads: Mapping[str, tuple[int, int]], to: Path, branches: Path) -> None:
+def ship(
+    base: Base, heads: Mapping[str, tuple[int, int]], to: Path, branches: Path, target: Target = Target.CPU
+) -> None:
     """Export an untrained head per name of `heads`, which gives its tap and its seed; all have one layer."""
     folders = []
     for task, (tap, seed) in heads.items():
@@ -36,4 +38,5 @@ def ship(base: Base, heads: Mapping[str, tuple[int, int]], to: Path, branches: P
         )  # fmt: skip
         save_branch(branches / task, branch, card)
         folders.append(branches / task)
-    export(folders, to, load=lambda name, revision: base)
+    # Nothing was learned that 8-bit products could spoil, and there is no dev split to see it.
+    export(folders, to, target, load=lambda name, revision: base, gate=lambda models, card, base: card.score)

@@ -91,10 +91,10 @@ def trunk_config(info: TrunkInfo, threads: int | None) -> pb.ModelConfig:
     return config
 
 
-def head_config(info: HeadInfo, target: Target) -> pb.ModelConfig:
+def head_config(info: HeadInfo) -> pb.ModelConfig:
     """Config of a head. One thread: a folded head is a few per cent of a trunk layer, and idle pools spin."""
-    config = _onnx_config(info.model, "hidden", target, threads=1)
-    _tensor(config.input.add(), "hidden", target.hidden_type, [-1, info.hidden_size], ragged=True)
+    config = _onnx_config(info.model, "hidden", info.target, threads=1)
+    _tensor(config.input.add(), "hidden", info.target.hidden_type, [-1, info.hidden_size], ragged=True)
     if info.structure is Structure.CRF:  # its chain runs over words, which it tells by the tokens
         _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
     _tensor(config.output.add(), info.output, pb.TYPE_FP32, info.output_dims)

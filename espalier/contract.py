@@ -148,6 +148,7 @@ class HeadInfo(_Info):
     layers: int = Field(ge=0)
     folded: int = Field(ge=0)  # of the layers: computed for [CLS] alone
     hidden_size: int = Field(gt=0)
+    target: Target  # what it was exported for, as its trunk must be
     labels: tuple[str, ...]  # empty for regression
     pair: bool  # trained on sentence pairs
     fingerprint: str  # of the frozen part up to the tap, tokenizer included

@@ -118,7 +118,12 @@ def check_head(config: pb.ModelConfig, trunk: Sequence[TrunkInfo]) -> HeadInfo:
         raise ContractError(f"{name}: a {info.kind} head has {len(info.labels)} labels")
     if info.structure is Structure.CRF and info.kind is not Kind.TAGGING:
         raise ContractError(f"{name}: a {info.kind} head has no CRF")
-    expected = head_config(info, segment.target)
+    if info.target is not segment.target:
+        raise ContractError(
+            f"{name} was exported for {info.target}, but the deployed trunk for {segment.target}; export the head with "
+            f"--target {segment.target}"
+        )
+    expected = head_config(info)
     for mode in ("input", "output"):
         want = {t.name: (t.data_type, list(t.dims)) for t in getattr(expected, mode)}
         have = {t.name: (t.data_type, list(t.dims)) for t in getattr(config, mode)}

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from espalier.contract import BELOW, Kind, Target
 from espalier.crf import CRF
 from espalier.encoder import Encoder
 from espalier.errors import ExportError
+from export.session import session
 from export.viterbi import Words
 
 Array = npt.NDArray[Any]
@@ -84,13 +84,6 @@ def feed(batch: Batch, inputs: dict[str, Array], item_dims: int) -> dict[str, Ar
     return {**inputs, "length": batch.lengths[:, None].astype(np.int32), "shape": shape.astype(np.int32)}
 
 
-def session(model: bytes) -> onnxruntime.InferenceSession:
-    """Return a session for `model` on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def _run(model: bytes, batch: Batch, inputs: dict[str, Array], item_dims: int) -> Array:
     output: Array = session(model).run(None, feed(batch, inputs, item_dims))[0]
     return output
@@ -141,7 +134,7 @@ def compare_segment(model: bytes, name: str, encoder: Encoder, start: int, stop:
             got = _run(model, batch, {"input_ids": batch.flat_ids, "token_type_ids": batch.flat_types}, item_dims=1)
         else:
             got = _run(model, batch, {BELOW: _hidden(batch, below, target)}, item_dims=2)
-        worst = max(worst, _difference(batch, got, above, True, target))
+        worst = _larger(worst, _difference(batch, got, above, True, target))
     return _judge(name, worst, TOLERANCE[target])
 
 
@@ -163,16 +156,21 @@ def compare_head(
             assert words is not None
             got = _run(model, batch, {**inputs, "input_ids": batch.flat_ids}, item_dims=2)
             begins = torch.from_numpy(words)[batch.input_ids] & batch.mask
-            worst = max(worst, _path_difference(batch, got, branch(hidden, batch.mask), branch.crf, begins))
+            worst = _larger(worst, _path_difference(batch, got, branch(hidden, batch.mask), branch.crf, begins))
             continue
         got = _run(model, batch, inputs, item_dims=2)
         want = branch.answer(hidden, batch.mask)
-        worst = max(worst, _difference(batch, got, want, branch.kind is Kind.TAGGING, target))
+        worst = _larger(worst, _difference(batch, got, want, branch.kind is Kind.TAGGING, target))
     return _judge(name, worst, TOLERANCE[target])
 
 
 def _hidden(batch: Batch, padded: Tensor, target: Target) -> Array:
     return batch.flatten(padded).ravel().astype(np.float16 if target is Target.GPU else np.float32)
+
+
+def _larger(one: float, other: float) -> float:
+    """Return the larger of two differences; NaN is larger than any."""
+    return float(np.maximum(one, other))
 
 
 def _judge(name: str, worst: float, tolerance: float) -> float:

@@ -18,6 +18,7 @@ from espalier.crf import CRF
 from espalier.encoder import Base
 from export.check import Batch, feed, ragged_batch
 from export.models import head_model, segment_model
+from export.session import session
 from export.viterbi import word_table
 
 BATCH = 8
@@ -48,21 +49,21 @@ def measure(
     ]
     hidden = [rng.normal(size=int(row.sum()) * config.hidden_size).astype(np.float32) for row in lengths]
 
-    sessions: dict[Model, onnxruntime.InferenceSession] = {None: _session(segment_model(encoder, 1, 2, Target.CPU))}
+    sessions: dict[Model, onnxruntime.InferenceSession] = {None: session(segment_model(encoder, 1, 2, Target.CPU))}
     for tap in sorted(set(taps)):
-        sessions[tap] = _session(segment_model(encoder, 0, tap, Target.CPU))
+        sessions[tap] = session(segment_model(encoder, 0, tap, Target.CPU))
     for head in sorted({*heads, PLAIN}):
         crf = CRF(head.crf) if head.crf else None
         branch = Branch(config, head.kind, head.layers, head.outputs, crf, head.folded)
         words = word_table(base.tokenizer, config.vocab_size) if head.crf else None
-        sessions[head] = _session(head_model(branch, "task", Target.CPU, words))
+        sessions[head] = session(head_model(branch, "task", Target.CPU, words))
 
     times: dict[Model, list[float]] = {model: [] for model in sessions}
     for number in range(-1, ROUNDS):  # the first round warms up
-        for model, session in sessions.items():
+        for model, loaded in sessions.items():
             started = time.perf_counter()
             for batch, states in zip(batches, hidden, strict=True):
-                session.run(None, _inputs(model, batch, states))
+                loaded.run(None, _inputs(model, batch, states))
             if number >= 0:
                 times[model].append(1000 * (time.perf_counter() - started) / (BATCH * BATCHES))
         report(number + 2, ROUNDS + 1)
@@ -79,14 +80,6 @@ def measure(
 def mixed_lengths(rng: np.random.Generator, count: int, longest: int = 128) -> "np.typing.NDArray[np.int64]":
     """Draw lengths in tokens: log-normal, 5 to 128, 23 in the mean – short questions with a tail of longer texts."""
     return np.clip(rng.lognormal(2.95, 0.6, count).round().astype(np.int64), 5, min(128, longest))
-
-
-def _session(model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # A pool of its own for each model: one that spins while another works would be measured as the other's time.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _inputs(

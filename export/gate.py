@@ -9,11 +9,9 @@ import torch
 from espalier.branch import BranchCard
 from espalier.contract import BELOW, Kind
 from espalier.encoder import Base
-from espalier.errors import ExportError
-from export.check import Array, session
-from training.data import load_split, sample
-from training.features import featurize
-from training.metrics import decode, gold, score
+from espalier.errors import DataError, ExportError
+from export.check import Array
+from export.session import session
 
 POINTS = 0.5
 """How much lower than in FP32 the dev metric may be, in points of a hundred."""
@@ -35,11 +33,20 @@ def quantized_score(
 ) -> float:
     """Return the dev metric of a branch as it will be served; raise ExportError if it lost more than POINTS.
 
-    It is compared with the metric in the card, on the rows that gave it. `report` is told the texts done, and all.
+    It is compared with the metric in the card, on the dev split as it is now. `report` is told the texts done, and all.
     Raises DataError if the dev split cannot be read.
     """
+    try:
+        from training.data import load_split, sample
+        from training.features import featurize
+        from training.metrics import decode, gold, score
+    except ImportError as error:
+        raise ExportError(f"--target int8 scores the dev split, which needs espalier[train]: {error}") from error
+
     spec = card.spec
     examples = sample(load_split(spec, "dev"), card.arguments.get("max_dev"))
+    if spec.kind is Kind.CLASSIFICATION and (new := {str(example.label) for example in examples} - set(card.labels)):
+        raise DataError(f"task {spec.name}: dev has the label {min(new)!r}, which the branch does not; train it again")
     features = featurize(spec.kind, card.labels, base.tokenizer, base.max_length, examples)
     segments, head = [session(model) for model in models.segments], session(models.head)
     takes_ids = any(tensor.name == "input_ids" for tensor in head.get_inputs())

@@ -69,7 +69,8 @@ def export(
     those of TASK__CANDIDATE, beside the tasks' own. For 8-bit products `gate` returns the dev metric of a branch, or
     raises ExportError.
 
-    Raises ExportError, BranchError or FingerprintError; whatever was not finished then is as it was before.
+    Raises ExportError, BranchError or FingerprintError, and for 8-bit products DataError; whatever was not finished
+    then is as it was before.
     """
     if not branches:
         raise ExportError("no branch was given to export; name branch folders, or a plan with --plan")
@@ -209,6 +210,7 @@ class _Export:
             layers=card.layers,
             folded=card.folded,
             hidden_size=self.base.config.hidden_size,
+            target=self.target,
             labels=card.labels,
             pair=card.spec.pair,
             fingerprint=card.fingerprint,
@@ -259,7 +261,7 @@ class _Export:
 
     def _head(self, branch: Branch, info: HeadInfo, model: bytes) -> None:
         encoder, words = self.base.encoder, self._words(branch)
-        content = {CONFIG_FILE: render(head_config(info, self.target)).encode(), f"{VERSION}/{MODEL_FILE}": model}
+        content = {CONFIG_FILE: render(head_config(info)).encode(), f"{VERSION}/{MODEL_FILE}": model}
         if info.labels:
             content[LABELS_FILE] = "".join(f"{label}\n" for label in info.labels).encode()
         self._put(

@@ -61,7 +61,7 @@ def best_path(graph: Graph, crf: CRF, output: nn.Linear, words: Words, hidden: s
     item = g.op("Gather", where, g.ints(0), axis=1)  # [N,1]
     place = g.op("Concat", g.op("Unsqueeze", g.op("GatherND", rank, where), g.ints(1)), item, axis=1)  # [N,2]
 
-    emissions = g.cast(g.linear("output", g.op("Gather", hidden, token, axis=0), output), FLOAT)  # [N,C]
+    emissions = g.cast(g.exact_linear("output", g.op("Gather", hidden, token, axis=0), output), FLOAT)  # [N,C]
     longest = g.op("Max", g.op("ReduceMax", counts, keepdims=0), g.integer(1))
     steps = g.op("Unsqueeze", g.op("Range", g.integer(0), longest, g.integer(1)), g.ints(1))  # [W,1]
     size = g.op("Concat", g.op("Unsqueeze", longest, g.ints(0)), g.op("Shape", counts), g.ints(len(start)), axis=0)

@@ -21,7 +21,6 @@ from espalier.contract import (
     TOKENIZER_FILE,
     HeadInfo,
     Kind,
-    Target,
     TrunkInfo,
 )
 from espalier.errors import ContractError
@@ -83,14 +82,10 @@ def check_config(config: pb.ModelConfig) -> None:
     if threads is not None and not (threads.isascii() and threads.isdigit() and 1 <= int(threads) <= _THREADS):
         raise ContractError(f"{where} asks for {threads!r} threads; a head may have 1 to {_THREADS}")
     have.parameters.pop(THREADS, None)
-    expected = []
-    for target in Target:
-        want = head_config(info, target)
-        want.parameters.pop(THREADS, None)
-        if have == want:
-            return
-        expected.append(want)
-    want = min(expected, key=lambda other: len(_differences(have, other)))
+    want = head_config(info)
+    want.parameters.pop(THREADS, None)
+    if have == want:
+        return
     raise ContractError(
         f"{where} sets {', '.join(_differences(have, want))} otherwise than the contract; export the head again, or "
         f"have the wiring allow the folder by name (--allow {config.name})"

@@ -26,6 +26,7 @@ def head(task: str, kind: Kind, labels: Sequence[str] = (), structure: Structure
         layers=1,
         folded=1,
         hidden_size=4,
+        target=Target.CPU,
         labels=tuple(labels),
         pair=False,
         fingerprint="f" * 64,
@@ -58,7 +59,7 @@ class Deployment:
         if isinstance(call, ReadConfig):
             if call.model == ENSEMBLE:
                 return ensemble_config([TRUNK], list(self.heads.values()), self.generation)
-            return head_config(self.heads[call.model.removeprefix("head_")], Target.CPU)
+            return head_config(self.heads[call.model.removeprefix("head_")])
         return self.reply({name: self.output(name, len(call.texts)) for name in call.outputs})
 
     def reply(self, arrays: dict[str, np.ndarray]) -> Reply:

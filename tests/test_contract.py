@@ -47,7 +47,7 @@ def head(task: str, kind: Kind = Kind.CLASSIFICATION, tap: int = 3, **changes: A
     labels = () if kind is Kind.REGRESSION else ("no", 'say "yes"', "jā: 1/2")
     values: dict[str, Any] = {
         "task": task, "kind": kind, "tap": tap, "layers": 1, "folded": int(kind is not Kind.TAGGING), "hidden_size": 8,
-        "labels": labels, "pair": False, "fingerprint": PRINTS[tap], "branch_digest": "d" * 64,
+        "target": Target.CPU, "labels": labels, "pair": False, "fingerprint": PRINTS[tap], "branch_digest": "d" * 64,
         "model_digest": "e" * 64, "metric": "accuracy", "score": 0.875,
     }  # fmt: skip
     return HeadInfo(**{**values, **changes})
@@ -63,8 +63,8 @@ CONFIGS = {
     "trunk": lambda: trunk_config(CHAIN[0], threads=2),
     "next segment": lambda: trunk_config(CHAIN[1], threads=None),
     "gpu trunk": lambda: trunk_config(segment(0, 3, Target.GPU), threads=2),
-    **{info.task: (lambda info=info: head_config(info, Target.CPU)) for info in HEADS},
-    "gpu head": lambda: head_config(HEADS[1], Target.GPU),
+    **{info.task: (lambda info=info: head_config(info)) for info in HEADS},
+    "gpu head": lambda: head_config(HEADS[1].model_copy(update={"target": Target.GPU})),
     "ensemble": lambda: ensemble_config(CHAIN, HEADS),
 }
 
@@ -92,7 +92,7 @@ def test_equal_configs_are_equal_bytes(build: Callable[[], pb.ModelConfig]) -> N
 
 @pytest.mark.parametrize("info", HEADS, ids=lambda info: info.task)
 def test_a_head_says_of_itself_what_was_written(info: HeadInfo) -> None:
-    config = text_format.Parse(render(head_config(info, Target.CPU)), pb.ModelConfig())
+    config = text_format.Parse(render(head_config(info)), pb.ModelConfig())
     assert HeadInfo.read(config) == info
 
 
@@ -105,7 +105,7 @@ def test_a_segment_says_of_itself_what_was_written(info: TrunkInfo) -> None:
 
 def test_values_that_look_like_json_stay_text() -> None:
     info = head("intent", metric="1", branch_digest="null")
-    assert HeadInfo.read(head_config(info, Target.CPU)) == info
+    assert HeadInfo.read(head_config(info)) == info
 
 
 @pytest.mark.parametrize(
@@ -162,16 +162,16 @@ def test_the_first_segment_reads_tokens_and_the_next_what_is_below() -> None:
 def test_a_head_has_one_output_and_it_is_single_precision(
     kind: Kind, output: dict[str, tuple[str, list[int]]], target: Target
 ) -> None:
-    config = head_config(head("a", kind), target)
+    config = head_config(head("a", kind, target=target))
     assert tensors(config.output) == output
-    half = "TYPE_FP32" if target is Target.CPU else "TYPE_FP16"
+    half = "TYPE_FP16" if target is Target.GPU else "TYPE_FP32"
     assert tensors(config.input) == {"length": ("TYPE_INT32", [1]), "hidden": (half, [-1, 8])}
     assert len(config.batch_output) == (kind is Kind.TAGGING)
     assert config.output[0].label_filename == ("labels.txt" if kind is Kind.CLASSIFICATION else "")
 
 
 def test_a_head_with_a_crf_reads_the_tokens_and_answers_with_a_path() -> None:
-    config = head_config(HEADS[-1], Target.GPU)
+    config = head_config(HEADS[-1].model_copy(update={"target": Target.GPU}))
     assert tensors(config.input) == {
         "length": ("TYPE_INT32", [1]),
         "hidden": ("TYPE_FP16", [-1, 8]),
@@ -185,7 +185,7 @@ def test_a_head_with_a_crf_reads_the_tokens_and_answers_with_a_path() -> None:
 
 
 def test_a_head_that_does_not_say_its_structure_chooses_word_by_word() -> None:
-    config = head_config(HEADS[2], Target.CPU)
+    config = head_config(HEADS[2])
     del config.parameters["structure"]
     assert check_head(config, CHAIN) == HEADS[2]
 
@@ -219,7 +219,7 @@ def test_the_ensemble_chains_the_segments_and_hangs_each_head_on_its_tap() -> No
 
 def test_the_ensembles_tensors_are_those_that_its_models_have() -> None:
     configs = [tokenizer_config(128), *(trunk_config(info, 1) for info in CHAIN)]
-    models = {config.name: config for config in [*configs, *(head_config(info, Target.CPU) for info in HEADS)]}
+    models = {config.name: config for config in [*configs, *(head_config(info) for info in HEADS)]}
     for step in ensemble_config(CHAIN, HEADS).ensemble_scheduling.step:
         assert set(step.input_map) == set(tensors(models[step.model_name].input))
         assert set(step.output_map) == set(tensors(models[step.model_name].output))
@@ -256,7 +256,8 @@ def test_the_order_of_heads_does_not_matter() -> None:
 @pytest.mark.parametrize("target", list(Target))
 def test_a_head_that_fits_is_accepted(info: HeadInfo, target: Target) -> None:
     chain = [segment(info.start, info.stop, target) for info in CHAIN]
-    assert check_head(head_config(info, target), chain) == info
+    info = info.model_copy(update={"target": target})
+    assert check_head(head_config(info), chain) == info
 
 
 def refusal(config: pb.ModelConfig, error: type[ContractError] = ContractError) -> str:
@@ -283,7 +284,7 @@ def refusal(config: pb.ModelConfig, error: type[ContractError] = ContractError) 
     ],
 )  # fmt: skip
 def test_a_head_that_does_not_fit_is_told_what_differs(changes: dict[str, Any], reason: str) -> None:
-    config = head_config(head("intent"), Target.CPU)
+    config = head_config(head("intent"))
     info = head("intent").model_copy(update=changes)
     info.write_to(config)
     config.name = info.model
@@ -291,7 +292,7 @@ def test_a_head_that_does_not_fit_is_told_what_differs(changes: dict[str, Any], 
 
 
 def test_a_head_of_another_trunk_is_refused_by_its_fingerprint() -> None:
-    config = head_config(head("intent", fingerprint="f" * 64), Target.CPU)
+    config = head_config(head("intent", fingerprint="f" * 64))
     assert refusal(config, FingerprintError) == (
         "head_intent was trained on another trunk: its fingerprint at layer 3 is ffffffffffff, the deployed trunk's is "
         "333333333333; train it on 'a base' or deploy its trunk"
@@ -299,19 +300,20 @@ def test_a_head_of_another_trunk_is_refused_by_its_fingerprint() -> None:
 
 
 def test_a_folder_of_another_name_is_refused() -> None:
-    config = head_config(head("intent"), Target.CPU)
+    config = head_config(head("intent"))
     config.name = "head_other"
     assert "the folder says it holds task 'intent', so it must be named head_intent" in refusal(config)
 
 
 def test_a_trunk_that_is_not_there_is_told() -> None:
     with pytest.raises(ContractError, match=r"no deployed segment ends \(taps: none\)"):
-        check_head(head_config(head("intent"), Target.CPU), [])
+        check_head(head_config(head("intent")), [])
 
 
-def test_a_head_for_another_device_is_refused() -> None:
-    message = refusal(head_config(head("intent"), Target.GPU))
-    assert "its inputs are hidden FP16[-1, 8], length INT32[1], but this contract needs hidden FP32[-1, 8]" in message
+@pytest.mark.parametrize("target", [Target.GPU, Target.INT8])
+def test_a_head_for_another_target_is_refused(target: Target) -> None:
+    message = refusal(head_config(head("intent", target=target)))
+    assert f"was exported for {target}, but the deployed trunk for cpu; export the head with --target cpu" in message
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ def test_a_head_for_another_device_is_refused() -> None:
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_shown(change: Callable[[Any], None], reason: str) -> None:
-    config = head_config(head("intent"), Target.CPU)
+    config = head_config(head("intent"))
     change(config)
     assert re.search(reason, refusal(config))
 
@@ -350,7 +352,7 @@ def test_tensors_that_do_not_fit_are_shown(change: Callable[[Any], None], reason
     ],
 )
 def test_a_broken_parameter_is_named(parameter: str, value: str | None, reason: str) -> None:
-    config = head_config(head("intent"), Target.CPU)
+    config = head_config(head("intent"))
     if value is None:
         del config.parameters[parameter]
     else:
@@ -359,7 +361,7 @@ def test_a_broken_parameter_is_named(parameter: str, value: str | None, reason: 
 
 
 def test_parameters_of_other_people_are_left_alone() -> None:
-    config = head_config(head("intent"), Target.CPU)
+    config = head_config(head("intent"))
     config.parameters["owner"].string_value = "not { json"
     assert check_head(config, CHAIN) == head("intent")
 
@@ -371,7 +373,7 @@ def write_repository(path: Path, chain: list[TrunkInfo], heads: list[HeadInfo]) 
     for segment in chain:
         write_config(path / segment.model, trunk_config(segment, threads=1))
     for info in heads:
-        write_config(path / info.model, head_config(info, Target.CPU))
+        write_config(path / info.model, head_config(info))
     write_config(path / "multitask", ensemble_config(chain, heads))
     return Repository(path)
 
@@ -447,5 +449,5 @@ def test_a_config_that_cannot_be_read_is_named(content: bytes | None, reason: st
 
 
 def test_labels_of_any_characters_survive_as_json() -> None:
-    config = head_config(HEADS[1], Target.CPU)
+    config = head_config(HEADS[1])
     assert json.loads(config.parameters["labels"].string_value) == list(HEADS[1].labels)

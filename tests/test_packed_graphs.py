@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from espalier.branch import Branch, foldable
 from espalier.contract import Kind, Target
+from espalier.crf import CRF
 from espalier.encoder import Encoder, EncoderConfig
 from espalier.errors import ExportError
 from export import check
@@ -172,6 +173,11 @@ def test_products_of_integers_are_those_of_the_encoder_layers_alone() -> None:
     assert types["layers.0.up.weight"] == types["layers.1.down.weight"] == onnx.TensorProto.INT8
     assert types["output.weight"] == onnx.TensorProto.FLOAT
     assert sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node) == 6 + 4
+    crf = branch_of(trunk, Kind.TAGGING, 1, 3)
+    crf.crf = CRF(("O", "B-x", "I-x"))
+    words = np.ones(50, bool)
+    model = onnx.load_from_string(head_model(crf, "task", Target.INT8, words))
+    assert {w.name: w.data_type for w in model.graph.initializer}["output.weight"] != onnx.TensorProto.INT8
 
 
 def test_a_row_and_a_column_of_zeros_are_zeros_with_8_bit_products() -> None:
@@ -209,6 +215,15 @@ def test_a_further_folded_layer_costs_as_little() -> None:
     shapes = {weight.name: list(weight.dims) for weight in model.graph.initializer}
     assert shapes["layers.0.key.weight"] == [16, 16]
     assert shapes["layers.1.key.0.weight"] == shapes["layers.2.key.3.weight"] == [4, 16]
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_a_graph_that_gives_no_numbers_is_refused(target: Target) -> None:
+    trunk, broken = encoder(), encoder()
+    with torch.no_grad():
+        broken.layers[1].down.bias[0] = float("nan")
+    with pytest.raises(ExportError, match="differs from PyTorch by nan"):
+        compare_segment(segment_model(broken, 0, 3, target), "trunk_0_3", trunk, 0, 3, target)
 
 
 def test_a_wrong_graph_is_refused() -> None:

@@ -24,11 +24,11 @@ def segment(start: int, stop: int, base: str = "base") -> Segment:
 
 def head(task: str, tap: int, base: str = "base", content: str = "1") -> Head:
     info = HeadInfo(
-        task=task, kind=Kind.CLASSIFICATION, tap=tap, layers=1, folded=1, hidden_size=4, labels=("a", "b"),
-        pair=False, fingerprint=f"{base} up to {tap}", branch_digest="d", model_digest="e",
+        task=task, kind=Kind.CLASSIFICATION, tap=tap, layers=1, folded=1, hidden_size=4, target=Target.CPU,
+        labels=("a", "b"), pair=False, fingerprint=f"{base} up to {tap}", branch_digest="d", model_digest="e",
         metric="accuracy", score=0.5,
     )  # fmt: skip
-    return Head(f"head_{task}-{base}-{content}", info, head_config(info, Target.CPU), f"{base} {content}", 1)
+    return Head(f"head_{task}-{base}-{content}", info, head_config(info), f"{base} {content}", 1)
 
 
 segments = st.lists(

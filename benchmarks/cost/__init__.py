@@ -1,0 +1,1 @@
+"""What serving costs: one trunk with eight heads against what people use today, on the same server, in the same run."""

@@ -1,0 +1,89 @@
+"""The bound: the graphs that the server runs, in one process, on the same texts in ideal batches, with no server.
+
+Two arrangements are tried, and the better one counts: batch after batch on all cores; and a thread per core, each with
+sessions of one thread and batches of its own.
+"""
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+from espalier.configs import read_config
+from espalier.contract import ENSEMBLE, MODEL_FILE, HeadInfo, TrunkInfo
+from export.session import session
+
+BATCH = 32
+
+
+class Models:
+    """The segments and heads of one of our repositories, each in a session of `threads` threads."""
+
+    def __init__(self, repository: Path, tasks: Sequence[str], threads: int) -> None:
+        def load(name: str) -> onnxruntime.InferenceSession:
+            return session(repository / name / "1" / MODEL_FILE, threads)
+
+        steps = [step.model_name for step in read_config(repository / ENSEMBLE).ensemble_scheduling.step]
+        heads = [HeadInfo.read(read_config(repository / name)) for name in steps if name.startswith("head_")]
+        self._heads = [(head.tap, load(head.model)) for head in heads if head.task in tasks]
+        deepest = max(tap for tap, _ in self._heads)
+        trunk = [TrunkInfo.read(read_config(repository / name)) for name in steps if name.startswith("trunk_")]
+        self._trunk = [(info.stop, load(info.model)) for info in trunk if info.stop <= deepest]
+        self._size = trunk[0].hidden_size
+
+    def run(self, ids: Sequence[Sequence[int]]) -> None:
+        """Answer a batch of texts, given as token ids."""
+        lengths = np.array([[len(row)] for row in ids], np.int32)
+        shared = {"length": lengths, "shape": lengths}
+        flat = np.concatenate([np.array(row, np.int64) for row in ids])
+        inputs = {"input_ids": flat, "token_type_ids": np.zeros_like(flat)}
+        for stop, segment in self._trunk:
+            hidden = segment.run(None, {**inputs, **shared})[0].reshape(-1)
+            shared["shape"] = np.concatenate([lengths, np.full_like(lengths, self._size)], axis=1)
+            inputs = {"hidden_below": hidden}
+            for tap, head in self._heads:
+                if tap == stop:
+                    head.run(None, {"hidden": hidden, **shared})
+
+
+def bounds(repository: Path, tokenizer: str, texts: Sequence[str], tasks: Sequence[str], seconds: float) -> list[float]:
+    """Return texts per second of both arrangements."""
+    rust = Tokenizer.from_str(tokenizer)
+    ids = [encoding.ids for encoding in rust.encode_batch(list(texts))]
+    batches = [ids[at : at + BATCH] for at in range(0, len(ids) - BATCH + 1, BATCH)]
+    cores = len(os.sched_getaffinity(0))
+    return [
+        _rate([Models(repository, tasks, cores)], batches, seconds),
+        _rate([Models(repository, tasks, 1) for _ in range(cores)], batches, seconds),
+    ]
+
+
+def _rate(streams: Sequence[Models], batches: Sequence[Sequence[Sequence[int]]], seconds: float) -> float:
+    """Let every stream take batches in turn for `seconds`; return texts per second."""
+    source: Iterator[Sequence[Sequence[int]]] = itertools.cycle(batches)
+    lock, done = threading.Lock(), 0
+    for stream in streams:
+        stream.run(batches[0])
+    began = time.perf_counter()
+
+    def work(models: Models) -> None:
+        nonlocal done
+        while time.perf_counter() - began < seconds:
+            with lock:
+                batch = next(source)
+            models.run(batch)
+            with lock:
+                done += len(batch)
+
+    threads = [threading.Thread(target=work, args=[models]) for models in streams]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done / (time.perf_counter() - began)

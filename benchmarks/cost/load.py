@@ -1,0 +1,149 @@
+"""Load on a Triton ensemble that takes text: closed-loop for throughput, open-loop for latency.
+
+One text per request, as applications send them; the server makes the batches. Every way that is compared is asked by
+this same client, over gRPC.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import tritonclient.grpc as triton
+from hdrh.histogram import HdrHistogram
+from tritonclient.grpc import aio
+
+from espalier.channel import CHANNEL_ARGUMENTS
+from espalier.contract import TEXT
+from espalier.errors import ServerError
+
+LONGEST = 600_000_000  # µs, the most that a histogram holds
+OUTSTANDING = 512
+"""Requests under way at which an open-loop load is given up: the server does not keep up."""
+
+
+def _histogram() -> HdrHistogram:
+    return HdrHistogram(1, LONGEST, 3)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An ensemble and those of its outputs that are wanted."""
+
+    url: str  # host:port of gRPC
+    model: str
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class Window:
+    """What a stretch of load came to."""
+
+    seconds: float = 0.0
+    texts: int = 0
+    latency: HdrHistogram = field(default_factory=_histogram)  # µs
+
+    @property
+    def rate(self) -> float:
+        """Texts per second."""
+        return self.texts / self.seconds
+
+    def percentile(self, percent: float) -> float:
+        """Return a percentile of the latency, in seconds."""
+        return float(self.latency.get_value_at_percentile(percent)) / 1e6
+
+    def add(self, seconds: float) -> None:
+        """Count an answer."""
+        self.texts += 1
+        self.latency.record_value(min(LONGEST, max(1, round(seconds * 1e6))))
+
+
+class Asker:
+    """Sends one text at a time to what is asked."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._client = aio.InferenceServerClient(asked.url, channel_args=CHANNEL_ARGUMENTS)
+        self._outputs = [triton.InferRequestedOutput(name) for name in asked.outputs]
+
+    async def ask(self, text: str) -> None:
+        """Ask about a text; raise tritonclient's exception if it is not answered in full."""
+        tensor = triton.InferInput(TEXT, [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[text.encode()]], np.object_))
+        result = await self._client.infer(self._asked.model, [tensor], outputs=self._outputs)
+        for name in self._asked.outputs:
+            if result.as_numpy(name) is None:
+                raise ServerError(f"{self._asked.model} left out {name!r}, which was asked")
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._client.close()
+
+
+@contextlib.asynccontextmanager
+async def _asker(asked: Asked) -> AsyncIterator[Asker]:
+    asker = Asker(asked)
+    try:
+        yield asker
+    finally:
+        await asker.close()
+
+
+def closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
+    """Keep `concurrency` requests under way, after as many to warm up; count those answered within `seconds`."""
+    return asyncio.run(_closed_loop(asked, texts, concurrency, seconds))
+
+
+async def _closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
+    window, source = Window(), itertools.cycle(texts)
+    async with _asker(asked) as asker:
+        await asyncio.gather(*(asker.ask(next(source)) for _ in range(concurrency)))
+        began = time.perf_counter()
+
+        async def work() -> None:
+            while (start := time.perf_counter()) - began < seconds:
+                await asker.ask(next(source))
+                end = time.perf_counter()
+                if end - began < seconds:  # the last ones are answered while the load goes down
+                    window.add(end - start)
+
+        window.seconds = seconds
+        await asyncio.gather(*(work() for _ in range(concurrency)))
+    return window
+
+
+def open_loop(asked: Asked, texts: Sequence[str], rate: float, seconds: float, seed: int = 0) -> Window:
+    """Send texts at random moments, `rate` a second on average (a Poisson process), whether answers came or not.
+
+    Latency counts from the moment at which a text was to be sent, not from that at which it was: a server that stalls
+    makes those that wait behind late as well. Raises ServerError if the server does not keep up.
+    """
+    return asyncio.run(_open_loop(asked, texts, rate, seconds, seed))
+
+
+async def _open_loop(asked: Asked, texts: Sequence[str], rate: float, seconds: float, seed: int) -> Window:
+    window, source, chance = Window(), itertools.cycle(texts), random.Random(seed)
+    async with _asker(asked) as asker, asyncio.TaskGroup() as group:
+        await asker.ask(next(source))
+        began = due = time.perf_counter()
+        sent, overrun = 0, False
+
+        async def send(intended: float) -> None:
+            await asker.ask(next(source))
+            window.seconds = time.perf_counter() - began
+            window.add(time.perf_counter() - intended)
+
+        while (due := due + chance.expovariate(rate)) - began < seconds:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            if sent - window.texts >= OUTSTANDING:
+                overrun = True
+                break
+            group.create_task(send(due))
+            sent += 1
+    if overrun:  # told once all is answered: to cancel a request ends the embedded Triton
+        raise ServerError(f"{OUTSTANDING} requests wait: the server does not keep up with {rate:g} texts/s")
+    return window

@@ -1,0 +1,119 @@
+"""The bench: texts of the wanted lengths, load on a real Triton, ratios and their report."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from benchmarks.cost import load, texts
+from benchmarks.cost.__main__ import _ratios
+from benchmarks.cost.load import Asked, closed_loop, open_loop
+from benchmarks.cost.report import write_report
+from espalier.contract import ENSEMBLE
+from espalier.encoder import Base
+from espalier.errors import ServerError
+from export.costs import mixed_lengths
+from serving.triton import TritonServer
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(2, 128), min_size=1, max_size=8), st.integers(0, 2**16))
+def test_texts_have_the_wanted_tokens(base: Base, lengths: list[int], seed: int) -> None:
+    made = texts.texts_of(base.tokenizer, lengths, seed)
+    assert [len(encoding.ids) for encoding in Tokenizer.from_str(base.tokenizer).encode_batch(made)] == lengths
+
+
+def test_mixed_lengths_are_short_questions_with_a_tail() -> None:
+    lengths = mixed_lengths(np.random.default_rng(0), 20_000)
+    assert (lengths.min(), lengths.max()) == (5, 128)
+    assert 22 < lengths.mean() < 24
+
+
+def test_blocks_of_mixed_texts_have_the_same_lengths(base: Base) -> None:
+    made = texts.mixed(base.tokenizer, 3 * texts.BLOCK)
+    lengths = [len(encoding.ids) for encoding in Tokenizer.from_str(base.tokenizer).encode_batch(made)]
+    blocks = [lengths[at : at + texts.BLOCK] for at in range(0, len(lengths), texts.BLOCK)]
+    assert blocks[0] != blocks[1]
+    assert sorted(blocks[0]) == sorted(blocks[1]) == sorted(blocks[2])
+    assert 22 < np.mean(lengths) < 24
+    longer = Tokenizer.from_str(base.tokenizer).encode_batch(texts.padded(base.tokenizer, texts.BLOCK, (16, 128)))
+    assert [len(encoding.ids) for encoding in longer] == [16 if length <= 16 else 128 for length in blocks[0]]
+
+
+@pytest.mark.server
+def test_a_closed_loop_counts_what_was_answered(server: TritonServer, base: Base) -> None:
+    window = closed_loop(Asked(server.grpc_url, ENSEMBLE, ("intent",)), texts.fixed(base.tokenizer, 8), 4, 1.0)
+    assert window.texts == window.latency.get_total_count() > 4
+    assert window.seconds == pytest.approx(1.0, abs=0.5)
+    assert 0 < window.percentile(50) <= window.percentile(99) < 5
+
+
+@pytest.mark.server
+def test_an_open_loop_sends_at_its_rate_and_counts_every_answer(server: TritonServer, base: Base) -> None:
+    asked = Asked(server.grpc_url, ENSEMBLE, ("intent",))
+    window = open_loop(asked, texts.fixed(base.tokenizer, 8), 20, 3.0, seed=1)
+    assert 30 < window.texts < 95, "60 are due on average"
+    assert window.texts == window.latency.get_total_count()
+
+
+@pytest.mark.server
+def test_an_open_loop_that_the_server_does_not_keep_up_with_is_given_up(
+    server: TritonServer, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "OUTSTANDING", 16)
+    asked = Asked(server.grpc_url, ENSEMBLE, ("intent", "slots", "urgency"))
+    with pytest.raises(ServerError, match="16 requests wait: the server does not keep up with 5000 texts/s"):
+        open_loop(asked, texts.texts_of(base.tokenizer, [128], 0), 5_000, 5.0)
+    assert closed_loop(asked, ["still there"], 1, 0.5).texts > 0
+
+
+def test_a_stall_counts_for_all_that_were_due_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first text holds up everything for half a second, as a client or a server that stops does."""
+
+    class Stalling:
+        def __init__(self, asked: Asked) -> None:
+            self.asked = 0
+
+        async def ask(self, text: str) -> None:
+            self.asked += 1
+            if self.asked == 2:  # the first warms up
+                time.sleep(0.5)
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(load, "Asker", Stalling)
+    window = open_loop(Asked("nowhere", "nothing", ()), ["a text"], 100, 1.0)
+    assert 60 < window.texts < 140
+    assert window.percentile(75) > 0.1, "of the texts of one second those of half a second were late"
+    assert window.percentile(25) < 0.1
+
+
+def test_ratios_are_of_one_round_and_the_report_tells_them(tmp_path) -> None:
+    rates = {
+        "ours": [40.0, 80.0], "today": [4.0, 4.0], "ours_fixed": [20.0, 40.0], "ours_one_task": [50.0, 100.0],
+        "ours_shallow": [80.0, 160.0], "ours_int8": [80.0, 240.0], "ours_padded": [20.0, 80.0], "bound": [50.0, 100.0],
+    }  # fmt: skip
+    ratios = _ratios(rates, {"mixed": 16.0, "fixed": 32.0}, [2.5, 3.5])
+    assert ratios["cost_reduction"] == {"median": 0.925, "range": [0.9, 0.95]}
+    assert ratios["marginal_task"]["median"] == pytest.approx(0.2 / 7, abs=1e-4)
+    assert ratios["ensemble_over_bound"]["median"] == 0.8
+    assert ratios["mixed_over_fixed"]["median"] == 1.0
+    assert ratios["shallow_over_all"]["median"] == 0.5
+    assert ratios["int8_over_fp32"] == {"median": 2.5, "range": [2.0, 3.0]}
+    assert ratios["ragged_over_padded"]["range"] == [1.0, 2.0]
+    assert ratios["gpu"] is None
+    found = {
+        "ratios": ratios, "texts_per_second": {name: {"median": own[0], "range": own} for name, own in rates.items()},
+        "latency_seconds": {name: {"p50": 0.01, "p99": 0.025} for name in ("unloaded", "half_load")},
+        "tokens_per_text": {"mixed": 23.0, "fixed": 32.0}, "size": "BERT-base", "trunk_layers": 9, "shallow_layers": 4,
+        "baseline_level": "O2", "concurrency": 32, "cores": 2, "versions": {"onnxruntime": "1"}, "command": "bench",
+    }  # fmt: skip
+    write_report(found, tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    assert "| cost reduction against today's way | 0.925 | 0.900 – 0.950 | ≥ 0.93 |" in page
+    assert "| P99 at half of the highest rate ÷ P99 unloaded | 3.000 | 2.500 – 3.500 | ≤ 3 |" in page
+    assert (tmp_path / "performance.png").stat().st_size > 1000
