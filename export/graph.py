@@ -27,8 +27,9 @@ class Graph:
     """An ONNX graph that grows operator by operator; `dtype` is the type of its weights and hidden states.
 
     With `int8` the products of `linear` and `affine` are of 8-bit integers, scaled by row and by column. No row's scale
-    depends on another row and integers are summed exactly, so that an answer does not depend on its batch, as it does
-    where the whole input has one scale (DynamicQuantizeLinear).
+    depends on another row, and integers are summed exactly, so that an answer does not depend on its batch, as it does
+    where the whole input has one scale (DynamicQuantizeLinear). Without VNNI ONNX Runtime adds pairs in 16 bits, which
+    may saturate.
 
     Names inside begin with `prefix`: those of a loop's body must differ from those around it, which it may also use.
     """

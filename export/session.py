@@ -12,6 +12,4 @@ def session(model: bytes | Path, threads: int = 0) -> onnxruntime.InferenceSessi
     options.intra_op_num_threads = threads
     # A pool of its own for each model: one that spins while another works would be measured as the other's time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Without VNNI unsigned times signed bytes saturate in 16 bits; this takes exact products instead.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
