@@ -7,6 +7,7 @@ this same client, over gRPC.
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -94,21 +95,27 @@ async def _asker(asked: Asked) -> AsyncIterator[Asker]:
 
 
 def closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
-    """Keep `concurrency` requests under way, after as many to warm up; count those answered within `seconds`."""
+    """Keep `concurrency` requests under way; count those answered within `seconds`, once as many were to warm up.
+
+    So many are under way when the count begins as when it ends: a server whose answers take long loses nothing by it.
+    """
     return asyncio.run(_closed_loop(asked, texts, concurrency, seconds))
 
 
 async def _closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
     window, source = Window(), itertools.cycle(texts)
     async with _asker(asked) as asker:
-        await asyncio.gather(*(asker.ask(next(source)) for _ in range(concurrency)))
-        began = time.perf_counter()
+        warm, began = 0, math.inf
 
         async def work() -> None:
-            while (start := time.perf_counter()) - began < seconds:
+            nonlocal warm, began
+            while (start := time.perf_counter()) < began + seconds:
                 await asker.ask(next(source))
                 end = time.perf_counter()
-                if end - began < seconds:  # the last ones are answered while the load goes down
+                if warm < concurrency:
+                    warm += 1
+                    began = end if warm == concurrency else math.inf
+                elif end < began + seconds:  # the last ones are answered while the load goes down
                     window.add(end - start)
 
         window.seconds = seconds
