@@ -1,13 +1,19 @@
 """Measurements of speed. Each is one command, measures both sides in one run, and quotes ratios of medians."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import typer
 
 from espalier import show
 from espalier.errors import EspalierError
+
+
+def summary(values: Sequence[float], digits: int) -> dict[str, Any]:
+    """Return median and range of what was measured several times, rounded, as the reports keep them."""
+    return {"median": round(median(values), digits), "range": [round(end(values), digits) for end in (min, max)]}
 
 
 def run(main: Callable[..., Any]) -> None:

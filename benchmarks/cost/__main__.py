@@ -19,7 +19,7 @@ import onnxruntime
 import typer
 from tokenizers import Tokenizer
 
-from benchmarks import run
+from benchmarks import run, summary
 from benchmarks.cost import baseline, bound, texts, ways
 from benchmarks.cost.checkpoint import SIZES, Size, checkpoint
 from benchmarks.cost.load import Asked, Window, closed_loop, open_loop
@@ -125,10 +125,7 @@ def _measure(repositories: dict[str, Path], tokenizer: str, seconds: float, roun
         for name, some in (("mixed", mixed), ("fixed", fixed))
     }
     return {
-        "texts_per_second": {
-            name: {"median": round(median(own), 2), "range": [round(min(own), 2), round(max(own), 2)]}
-            for name, own in rates.items()
-        },
+        "texts_per_second": {name: summary(own, 2) for name, own in rates.items()},
         "tokens_per_text": {name: round(mean, 2) for name, mean in lengths.items()},
         "latency_seconds": {
             name: {f"p{percent}": round(median(w.percentile(percent) for w in windows), 4) for percent in (50, 99)}
@@ -143,11 +140,8 @@ def _measure(repositories: dict[str, Path], tokenizer: str, seconds: float, roun
 def _ratios(rates: dict[str, list[float]], lengths: dict[str, float], tails: list[float]) -> dict[str, Any]:
     """Return the ratios of windows of the same round: the median, and the range over the rounds."""
 
-    def summary(own: list[float]) -> dict[str, Any]:
-        return {"median": round(median(own), 4), "range": [round(min(own), 4), round(max(own), 4)]}
-
     def ratio(value: Callable[..., float], *names: str) -> dict[str, Any]:
-        return summary([value(*row) for row in zip(*(rates[name] for name in names), strict=True)])
+        return summary([value(*row) for row in zip(*(rates[name] for name in names), strict=True)], 4)
 
     tokens = lengths["mixed"] / lengths["fixed"]
     more = len(ways.TASKS) - 1
@@ -159,7 +153,7 @@ def _ratios(rates: dict[str, list[float]], lengths: dict[str, float], tails: lis
         "shallow_over_all": ratio(lambda ours, alone: ours / alone, "ours", "ours_shallow"),
         "int8_over_fp32": ratio(lambda int8, ours: int8 / ours, "ours_int8", "ours"),
         "int8_cost_reduction": ratio(lambda int8, today: 1 - today / int8, "ours_int8", "today"),
-        "p99_half_load_over_unloaded": summary(tails),
+        "p99_half_load_over_unloaded": summary(tails, 4),
         "ragged_over_padded": ratio(lambda ours, padded: ours / padded, "ours", "ours_padded"),
         "gpu": None,
     }

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import run
+from benchmarks import run, summary
 from benchmarks.live.heads import copy
 from benchmarks.live.load import TEXTS
 from benchmarks.live.stage import stage
@@ -113,13 +113,7 @@ def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "
                 shares[name][count] += found
                 said.append(f"{name.replace('_', ' ')} {median(found):.3f}")
             show.messages.print(f"{count} tasks: {', '.join(said)} of one alone ({median(reference):.0f} texts/s)")
-    return {
-        name: {
-            str(count): {"median": round(median(own), 3), "range": [round(min(own), 3), round(max(own), 3)]}
-            for count, own in by_count.items()
-        }
-        for name, by_count in shares.items()
-    }
+    return {name: {str(count): summary(own, 3) for count, own in by_count.items()} for name, by_count in shares.items()}
 
 
 def _plot(found: dict[str, dict[str, Any]], path: Path) -> None:
