@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve glue live-check live-growth bench test lint help
+.PHONY: demo serve glue live-check live-growth bench perf-analyzer test lint help
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -31,8 +31,11 @@ live-check: $(STAMP)  ## change tasks under load, kill the wiring and Triton, co
 live-growth: $(STAMP)  ## what 1 to 32 tasks in one repository cost; writes docs/live-growth.json and its plot
 	$(BIN)/python -m benchmarks.live.growth
 
-bench: $(STAMP)  ## what serving costs against today's way; writes docs/performance.md
-	$(BIN)/python -m benchmarks.cost
+bench: $(STAMP)  ## what serving costs against today's way (about 40 minutes); writes docs/performance.md
+	$(BIN)/espalier bench
+
+perf-analyzer: $(STAMP)  ## install NVIDIA's perf_analyzer apart, into runs/perf_analyzer
+	$(BIN)/python -m benchmarks.perf_analyzer
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that the client's commands need no torch."""
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from espalier import __version__, show
 from espalier.contract import HeadInfo, Target
 from espalier.errors import EspalierError, RequestError, SpecError
-from espalier.repository import Repository
+from espalier.repository import Repository, cores_counted
+from espalier.scheduling import available_cores
 
 if TYPE_CHECKING:
     from clients import Client
@@ -254,7 +254,7 @@ def search(
         trials = grid(layers or tuple(range(1, min(4, card.layers))), rates, seeds, parse_inits(init or "teacher"))
     out = out or Path("searches") / (task.name if card is None else f"{task.name}-students")
     if threads is None:
-        threads = 1 if ray is not None else max(1, len(os.sched_getaffinity(0)) // max(1, jobs or 1))
+        threads = 1 if ray is not None else max(1, available_cores() // max(1, jobs or 1))
     with search_progress(task.name) as report:
         result = run_search(
             task, loaded, trials, Arguments(epochs, batch_size=batch_size, max_train=max_train, bf16=bf16), out, report,
@@ -347,7 +347,10 @@ def export(
     repository: RepositoryPath = Path("model_repository"),
     target: Annotated[Target, typer.Option(help="cpu: FP32; int8: the CPU, 8-bit; gpu: FP16.")] = Target.CPU,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the trunk (cpu, int8). [default: as deployed, or all cores]")
+        int | None, typer.Option(min=1, help="Threads of a trunk instance (cpu, int8). [default: as deployed]")
+    ] = None,
+    instances: Annotated[
+        int | None, typer.Option(min=1, help="Instances of the trunk (cpu, int8). [default: as deployed]")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the branches had it.")] = None,
     candidate: Annotated[
@@ -372,7 +375,8 @@ def export(
             return quantized_score(models, card, base, asked)
 
         wanted = [*(branches or ()), *(planned_branches(plan) if plan else ())]
-        done = export_branches(wanted, repository, target, threads, base, candidate=candidate, report=report, gate=gate)
+        given = {name: value for name, value in (("threads", threads), ("instances", instances)) if value is not None}
+        done = export_branches(wanted, repository, target, given, base, candidate=candidate, report=report, gate=gate)
     if as_json:
         _print_json([{"model": e.model, "written": e.written, "difference": e.difference} for e in done])
     else:
@@ -402,6 +406,7 @@ def serve(
     server = TritonServer(
         store.models, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port,
         metrics_port=metrics_port, ready_model=None, model_control="explicit",
+        cores=cores_counted(repository),
     )  # fmt: skip
     service = Service(_wiring(repository, store, Control(server.grpc_url), allow, keep), host, wiring_port)
     log_to(sys.stderr)
@@ -445,6 +450,55 @@ def wire(
     with stopping(service.stop):
         show.messages.print(f"wiring {repository} into {url}; Ctrl-C stops", soft_wrap=True, highlight=False)
         service.run()
+
+
+@app.command(epilog="Example: `espalier tune --p99 300 --budget 20`")
+def tune(
+    repository: RepositoryPath = Path("model_repository"),
+    p99: Annotated[
+        float | None,
+        typer.Option(min=1, help="Longest P99 that is allowed, in ms. [default: 10 × the median of a lone request]"),
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0, help="Minutes that may be spent.")] = 15.0,
+    texts: Annotated[
+        Path | None, typer.Option(help="Texts to ask, one per line. [default: random words, 5 to 128 tokens]")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Ask this task alone; may be repeated. [default: all]")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a window of load.")] = 8.0,
+    as_json: Json = False,
+) -> None:
+    """Find threads, instances, batch and queue delay for this machine, and write them into the trunk's configs.
+
+    Nothing else should run meanwhile. What was tried is kept: the same command goes on where it was stopped.
+    """
+    from serving.tune import Tuner, texts_to_ask, tunable
+
+    chosen = tunable(repository, task or ())
+    asked = texts_to_ask(repository, texts)
+    with show.waiting("tuning") as status:
+        tuner = Tuner(
+            chosen, asked, 60 * budget, p99 / 1000 if p99 else None, seconds, show.tuning,
+            lambda scheduling: status.update(f"trying {scheduling}"),
+        )  # fmt: skip
+        done = tuner.run()
+    if as_json:
+        _print_json(done.summary())
+    else:
+        show.tuned(done, repository)
+
+
+@app.command(epilog="Example: `espalier bench --size minilm --rounds 2`")
+def bench(
+    size: Annotated[Literal["bert-base", "minilm"], typer.Option(help="What is served.")] = "bert-base",
+    seconds: Annotated[float, typer.Option(min=0.5, help="Length of a window; today's way gets three of it.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Windows of each way; they take turns.")] = 3,
+    home: Annotated[Path, typer.Option(help="Where what is compared is built and kept.")] = Path("runs/bench"),
+    report: Annotated[Path, typer.Option(help="Folder of performance.md, .json and pictures.")] = Path("docs"),
+) -> None:
+    """Measure what serving costs against today's way; writes the report. Nothing else should run meanwhile."""
+    from benchmarks.cost.bench import bench as run
+
+    run(size, seconds, rounds, home, report)
 
 
 @app.command(epilog="Example: `espalier history`")

@@ -17,7 +17,6 @@ from espalier.contract import (
     MODEL_FILE,
     OFFSETS,
     TEXT,
-    THREADS,
     TOKENIZER,
     HeadInfo,
     Kind,
@@ -27,6 +26,7 @@ from espalier.contract import (
 )
 from espalier.errors import ContractError
 from espalier.files import write_whole
+from espalier.scheduling import THREADS, Scheduling, take_cores
 
 
 def _tensor(message: Any, name: str, data_type: int, dims: Sequence[int], *, ragged: bool = False) -> Any:
@@ -51,7 +51,7 @@ def tokenizer_config(max_length: int) -> pb.ModelConfig:
     return config
 
 
-def _onnx_config(name: str, source: str, target: Target, threads: int | None) -> pb.ModelConfig:
+def _onnx_config(name: str, source: str, target: Target) -> pb.ModelConfig:
     """Start the config of a ragged ONNX model whose items' shapes are those of the input `source`."""
     config = pb.ModelConfig(name=name, backend="onnxruntime", max_batch_size=MAX_BATCH_SIZE)
     _tensor(config.input.add(), "length", pb.TYPE_INT32, [1])
@@ -62,8 +62,6 @@ def _onnx_config(name: str, source: str, target: Target, threads: int | None) ->
     config.instance_group.add(kind=target.instance_kind, count=1)
     config.dynamic_batching.SetInParent()
     config.default_model_filename = MODEL_FILE
-    if target is not Target.GPU and threads is not None:
-        config.parameters[THREADS].string_value = str(threads)
     return config
 
 
@@ -74,12 +72,14 @@ def _scatter(config: pb.ModelConfig, output: str, source: str) -> None:
     )
 
 
-def trunk_config(info: TrunkInfo, threads: int | None) -> pb.ModelConfig:
-    """Config of a trunk segment; `threads` is its ONNX Runtime intra-op pool (None: ONNX Runtime's default)."""
+def trunk_config(info: TrunkInfo, scheduling: Scheduling) -> pb.ModelConfig:
+    """Config of a trunk segment; `scheduling` is that of its target's CPU, a GPU has none."""
     first = info.start == 0
     source = "input_ids" if first else BELOW
     target = info.target
-    config = _onnx_config(info.model, source, target, threads)
+    config = _onnx_config(info.model, source, target)
+    if target is not Target.GPU:
+        scheduling.write_to(config)
     if first:
         _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
         _tensor(config.input.add(), "token_type_ids", pb.TYPE_INT64, [-1], ragged=True)
@@ -92,8 +92,11 @@ def trunk_config(info: TrunkInfo, threads: int | None) -> pb.ModelConfig:
 
 
 def head_config(info: HeadInfo) -> pb.ModelConfig:
-    """Config of a head. One thread: a folded head is a few per cent of a trunk layer, and idle pools spin."""
-    config = _onnx_config(info.model, "hidden", info.target, threads=1)
+    """Config of a head. One thread: a folded head is a few per cent of a trunk layer."""
+    config = _onnx_config(info.model, "hidden", info.target)
+    if info.target is not Target.GPU:
+        config.parameters[THREADS].string_value = "1"
+        take_cores(config, 1)
     _tensor(config.input.add(), "hidden", info.target.hidden_type, [-1, info.hidden_size], ragged=True)
     if info.structure is Structure.CRF:  # its chain runs over words, which it tells by the tokens
         _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)

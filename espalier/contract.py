@@ -29,8 +29,6 @@ TOKENIZER_FILE = "tokenizer.json"
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
 MAX_BATCH_SIZE = 64
-THREADS = "intra_op_thread_count"
-"""Parameter of the onnxruntime backend: threads of a model's own pool."""
 
 TASK_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 """Task names: lower case, digits, single underscores. `offsets` is taken by the ensemble itself."""

@@ -16,10 +16,12 @@ from espalier.contract import (
     HeadInfo,
     Kind,
     Structure,
+    Target,
     TrunkInfo,
     head_name,
 )
 from espalier.errors import ContractError, FingerprintError
+from espalier.scheduling import Scheduling, available_cores
 
 
 class Repository:
@@ -57,6 +59,14 @@ class Repository:
             reached = segment.stop
         return segments
 
+    def scheduling(self) -> Scheduling | None:
+        """Return how the trunk runs on a CPU, deployed or not; None if there is none, or if it runs on a GPU."""
+        for folder in self.segment_folders():
+            config = read_config(folder)
+            if TrunkInfo.read(config).target is not Target.GPU:
+                return Scheduling.read(config)
+        return None
+
     def heads(self) -> list[HeadInfo]:
         """Return the deployed heads by task name."""
         names = sorted(name for name in self._wired() if name.startswith(head_name("")))
@@ -69,6 +79,18 @@ class Repository:
     def head_folders(self) -> list[Path]:
         """Return the folders of all heads, deployed or not."""
         return sorted(path for path in self.path.glob(f"{head_name('*')}") if path.is_dir())
+
+
+def cores_counted(path: Path) -> int:
+    """Return how many cores a server of the repository at `path` may hand out: this machine's, or what a segment takes.
+
+    A segment that was exported where there are more cores runs, if not well; Triton would refuse it.
+    """
+    try:
+        scheduling = Repository(path).scheduling()
+    except ContractError:  # told by whoever loads it
+        scheduling = None
+    return max(available_cores(), scheduling.threads if scheduling else 1)
 
 
 def adopted(config: pb.ModelConfig, folder: str) -> pb.ModelConfig:

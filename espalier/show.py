@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from export.repository import Exported
     from serving.live import State
     from serving.triton import TritonServer
+    from serving.tune import Trial, Tuned
     from training.card import Card
     from training.search import Result
     from training.selection import Selection
@@ -226,6 +227,45 @@ def serving(server: "TritonServer", heads: Sequence[HeadInfo], status: StatusFil
         highlight=False,
         soft_wrap=True,
     )
+
+
+def tuning(trial: "Trial") -> None:
+    """Print one line about a trial of `espalier tune`, as soon as it is known."""
+    rate, _, p99, full = _trial(trial)
+    messages.print(
+        f"{trial.scheduling}: {rate} texts/s within the bound, P99 {p99}; {full} at most", highlight=False,
+        soft_wrap=True,
+    )  # fmt: skip
+
+
+def tuned(done: "Tuned", repository: Path) -> None:
+    """Print what tuning found: before and after."""
+    table = Table(
+        "", "threads × instances", "batch", "delay", "texts/s", "P50", "P99", "at most",
+        title=f"{repository}, P99 up to {1000 * done.bound:.0f} ms", title_justify="left",
+    )  # fmt: skip
+    for name, trial in (("before", done.before), ("after", done.after)):
+        own = trial.scheduling
+        table.add_row(
+            name,
+            f"{own.threads} × {own.instances}",
+            str(own.batch or "all"),
+            f"{own.delay / 1000:g} ms",
+            *_trial(trial),
+        )
+    output.print(table)
+    if done.written:
+        verdict = "Written into the trunk's configs; a running `espalier serve` takes them over."
+    else:
+        verdict = "Nothing is faster than what is deployed; nothing was written."
+    if not done.complete:
+        verdict += " Time was up before all was tried: the same command goes on."
+    messages.print(verdict, highlight=False, soft_wrap=True)
+
+
+def _trial(trial: "Trial") -> tuple[str, str, str, str]:
+    p50, p99 = ("–" if value is None else f"{1000 * value:.0f} ms" for value in (trial.p50, trial.p99))
+    return f"{trial.rate:.1f}", p50, p99, f"{trial.full:.1f}"
 
 
 def answers(asked: "Sequence[tuple[str | tuple[str, str], Answers]]", title: str | None = None) -> None:

@@ -16,6 +16,7 @@ from espalier.contract import BELOW, Kind, Target
 from espalier.costs import Costs, HeadShape
 from espalier.crf import CRF
 from espalier.encoder import Base
+from espalier.texts import mixed_lengths
 from export.check import Batch, feed, ragged_batch
 from export.models import head_model, segment_model
 from export.session import session
@@ -75,11 +76,6 @@ def measure(
         mean_length=fmean(lengths.ravel().tolist()),
         batch=BATCH,
     )
-
-
-def mixed_lengths(rng: np.random.Generator, count: int, longest: int = 128) -> "np.typing.NDArray[np.int64]":
-    """Draw lengths in tokens: log-normal, 5 to 128, 23 in the mean – short questions with a tail of longer texts."""
-    return np.clip(rng.lognormal(2.95, 0.6, count).round().astype(np.int64), 5, min(128, longest))
 
 
 def _inputs(

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,6 @@ from espalier.contract import (
     LABELS_FILE,
     MODEL_FILE,
     SLOT_NAME,
-    THREADS,
     TOKENIZER,
     TOKENIZER_FILE,
     HeadInfo,
@@ -33,6 +32,7 @@ from espalier.encoder import Base, load_base
 from espalier.errors import ExportError, FingerprintError
 from espalier.files import digest, locked, whole_folder, write_whole
 from espalier.repository import Repository, adopted, check_head
+from espalier.scheduling import Scheduling, available_cores
 from export.check import compare_head, compare_segment
 from export.gate import Quantized, quantized_score
 from export.models import head_model, segment_model
@@ -54,7 +54,7 @@ def export(
     branches: Sequence[Path],
     repository: Path,
     target: Target = Target.CPU,
-    threads: int | None = None,
+    scheduling: Mapping[str, int] = {},
     base: str | None = None,
     load: Callable[[str, str | None], Base] = load_base,
     report: Callable[[Exported], None] = lambda exported: None,
@@ -63,8 +63,8 @@ def export(
 ) -> list[Exported]:
     """Add or replace the heads of `branches` in `repository`; heads of other tasks stay as they are, byte for byte.
 
-    The trunk gets a segment end at every tap in use. `threads` is the intra-op pool of the trunk on the CPU target, by
-    default what the deployed trunk has, or else ONNX Runtime's own default: the cores of the machine that serves.
+    The trunk gets a segment end at every tap in use. On a CPU it is scheduled as the deployed trunk is, or else for the
+    cores of this machine; `scheduling` tells what is to be otherwise (fields of `espalier.scheduling.Scheduling`).
     `base` names the base where it is now, if not where the branches were trained. With a `candidate` the heads are
     those of TASK__CANDIDATE, beside the tasks' own. For 8-bit products `gate` returns the dev metric of a branch, or
     raises ExportError.
@@ -90,7 +90,7 @@ def export(
         check_trunk(card, found, str(path))
     try:
         with _locked(repository):
-            made = _Export(found, repository, target, threads, report, candidate, gate)
+            made = _Export(found, repository, target, scheduling, report, candidate, gate)
             return made.run([(b, c) for _, b, c in loaded])
     except OSError as error:
         raise ExportError(
@@ -125,15 +125,16 @@ def _clear(repository: Path) -> None:
 
 class _Export:
     def __init__(
-        self, base: Base, repository: Path, target: Target, threads: int | None, report: Callable[[Exported], None],
-        candidate: str | None, gate: Callable[[Quantized, BranchCard, Base], float],
+        self, base: Base, repository: Path, target: Target, scheduling: Mapping[str, int],
+        report: Callable[[Exported], None], candidate: str | None, gate: Callable[[Quantized, BranchCard, Base], float],
     ) -> None:  # fmt: skip
         self.base = base
         self.repository = repository
         self.target = target
         self.there = Repository(repository)
         self.suffix = f"{CANDIDATE}{candidate}" if candidate else ""
-        self.threads = threads or self._deployed_threads()
+        deployed = self.there.scheduling() or Scheduling.default(available_cores())
+        self.scheduling = deployed.model_copy(update=dict(scheduling))
         self._fingerprint = functools.cache(base.fingerprint)  # a hash over all that is frozen: once per tap
         self._segment_model = functools.cache(functools.partial(segment_model, base.encoder, target=target))
         self.gate = gate
@@ -182,13 +183,6 @@ class _Export:
                     f"{self.repository} holds a {there} export; one repository has one target: "
                     f"export with --target {there}, or to another folder"
                 )
-
-    def _deployed_threads(self) -> int | None:
-        for folder in self.there.segment_folders():
-            value = read_config(folder).parameters[THREADS].string_value
-            if value.isdigit():
-                return int(value)
-        return None
 
     def _trunk_info(self, start: int, stop: int) -> TrunkInfo:
         return TrunkInfo(
@@ -249,7 +243,7 @@ class _Export:
         model = self._segment_model(info.start, info.stop)
         self._put(
             info.model,
-            {CONFIG_FILE: render(trunk_config(info, self.threads)).encode(), f"{VERSION}/{MODEL_FILE}": model},
+            {CONFIG_FILE: render(trunk_config(info, self.scheduling)).encode(), f"{VERSION}/{MODEL_FILE}": model},
             lambda: compare_segment(model, info.model, encoder, info.start, info.stop, self.target),
         )
 

@@ -17,7 +17,6 @@ from espalier.contract import (
     CONFIG_FILE,
     LABELS_FILE,
     MODEL_FILE,
-    THREADS,
     TOKENIZER_FILE,
     HeadInfo,
     Kind,
@@ -26,6 +25,7 @@ from espalier.contract import (
 from espalier.errors import ContractError
 from espalier.files import digest
 from espalier.repository import adopted
+from espalier.scheduling import THREADS
 from serving.inbox import is_version
 
 BACKEND = "onnxruntime"

@@ -19,6 +19,8 @@ from typing import Literal, Self
 
 from espalier.contract import ENSEMBLE
 from espalier.errors import ServerError
+from espalier.repository import cores_counted
+from espalier.scheduling import CORES
 from serving import guard
 from serving.triton_log import failure, last_lines
 from serving.wheel import Wheel
@@ -36,7 +38,10 @@ class TritonServer:
     killed, a guard process ends the server.
 
     `ready_model` must be ready for the server to count as ready (None: the server alone). With `model_control`
-    "explicit" only `load_models` are loaded, and models can be loaded and unloaded while it runs.
+    "explicit" only `load_models` are loaded, and models can be loaded and unloaded while it runs. Models that compute
+    at once take together at most `cores` cores (see espalier.scheduling), by default what the repository needs here;
+    with 0 they are not counted, as is better for models that are not ragged: where a batch ends because the next
+    request has another shape, Triton's batcher waits for its turn in a busy loop.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class TritonServer:
         ready_model: str | None = ENSEMBLE,
         model_control: Literal["none", "explicit"] = "none",
         load_models: Sequence[str] = (),
+        cores: int | None = None,
     ) -> None:
         """Describe a server; nothing is started or checked yet."""
         self.repository = repository
@@ -60,6 +66,7 @@ class TritonServer:
         self.ready_model = ready_model
         self.model_control = model_control
         self.load_models = tuple(load_models)
+        self.cores = cores_counted(repository) if cores is None else cores
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
@@ -172,6 +179,8 @@ class TritonServer:
             "metrics-address": self.host,
             **{f"{name}-port": port for name, port in self.ports.items()},
         }
+        if self.cores:
+            arguments |= {"rate-limit": "execution_count", "rate-limit-resource": f"{CORES}:{self.cores}"}
         backend = {"shm-region-prefix-name": self._shm_prefix, "stub-timeout-seconds": _STUB_SECONDS}
         return [
             "--disable-auto-complete-config",
@@ -277,8 +286,18 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def on_free_ports(repository: Path, log_file: Path, cores: int | None = None) -> Iterator[TritonServer]:
+    """Serve a repository that does not change, on free ports; yield the server when all models are ready."""
+    http, grpc, metrics = free_ports(3)
+    with TritonServer(
+        repository, log_file=log_file, http_port=http, grpc_port=grpc, metrics_port=metrics, cores=cores
+    ) as server:
+        yield server
+
+
 def free_ports(count: int) -> list[int]:
-    """Return `count` different free ports of 127.0.0.1, for tests: Triton does not take port 0."""
+    """Return `count` different free ports of 127.0.0.1: Triton does not take port 0."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

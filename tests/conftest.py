@@ -96,7 +96,7 @@ def branches(base: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) 
 def repository(base: Base, branches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The branches, exported for the CPU."""
     path = tmp_path_factory.mktemp("served") / "model_repository"
-    export(list(branches.values()), path, threads=2, load=lambda name, revision: base)
+    export(list(branches.values()), path, scheduling={"threads": 2, "instances": 1}, load=lambda name, revision: base)
     return path
 
 

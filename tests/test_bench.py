@@ -1,21 +1,30 @@
 """The bench: texts of the wanted lengths, load on a real Triton, ratios and their report."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from benchmarks.cost import load, texts
-from benchmarks.cost.__main__ import _ratios
-from benchmarks.cost.load import Asked, closed_loop, open_loop
+from benchmarks import summary
+from benchmarks.cost import padded, perf
+from benchmarks.cost.bench import _ratios
+from benchmarks.cost.footprint import memory, statistics, steps
 from benchmarks.cost.report import write_report
-from espalier.contract import ENSEMBLE
+from benchmarks.cost.stages import Stages
+from espalier import texts
+from espalier.branch import Branch
+from espalier.contract import ENSEMBLE, Kind
 from espalier.encoder import Base
 from espalier.errors import ServerError
-from export.costs import mixed_lengths
+from espalier.texts import mixed_lengths
+from export.session import session
+from serving import load
+from serving.load import Asked, closed_loop, open_loop
 from serving.triton import TritonServer
 
 
@@ -85,19 +94,22 @@ def test_a_stall_counts_for_all_that_were_due_meanwhile(monkeypatch: pytest.Monk
         async def close(self) -> None:
             pass
 
-    monkeypatch.setattr(load, "Asker", Stalling)
+    monkeypatch.setattr(load, "TritonAsker", Stalling)
     window = open_loop(Asked("nowhere", "nothing", ()), ["a text"], 100, 1.0)
     assert 60 < window.texts < 140
     assert window.percentile(75) > 0.1, "of the texts of one second those of half a second were late"
     assert window.percentile(25) < 0.1
 
 
-def test_ratios_are_of_one_round_and_the_report_tells_them(tmp_path) -> None:
-    rates = {
-        "ours": [40.0, 80.0], "today": [4.0, 4.0], "ours_fixed": [20.0, 40.0], "ours_one_task": [50.0, 100.0],
-        "ours_shallow": [80.0, 160.0], "ours_int8": [80.0, 240.0], "ours_padded": [20.0, 80.0], "bound": [50.0, 100.0],
-    }  # fmt: skip
-    ratios = _ratios(rates, {"mixed": 16.0, "fixed": 32.0}, [2.5, 3.5])
+RATES = {
+    "ours": [40.0, 80.0], "today": [4.0, 4.0], "ours_fixed": [20.0, 40.0], "ours_one_task": [50.0, 100.0],
+    "ours_shallow": [80.0, 160.0], "ours_int8": [80.0, 240.0], "ours_padded": [20.0, 80.0], "bound": [50.0, 100.0],
+    "paper": [20.0, 20.0], "python": [10.0, 16.0],
+}  # fmt: skip
+
+
+def test_ratios_are_of_one_round() -> None:
+    ratios = _ratios(RATES, {"mixed": 16.0, "fixed": 32.0}, [2.5, 3.5])
     assert ratios["cost_reduction"] == {"median": 0.925, "range": [0.9, 0.95]}
     assert ratios["marginal_task"]["median"] == pytest.approx(0.2 / 7, abs=1e-4)
     assert ratios["ensemble_over_bound"]["median"] == 0.8
@@ -105,10 +117,27 @@ def test_ratios_are_of_one_round_and_the_report_tells_them(tmp_path) -> None:
     assert ratios["shallow_over_all"]["median"] == 0.5
     assert ratios["int8_over_fp32"] == {"median": 2.5, "range": [2.0, 3.0]}
     assert ratios["ragged_over_padded"]["range"] == [1.0, 2.0]
+    assert ratios["paper_cost_reduction"]["median"] == 0.8
     assert ratios["gpu"] is None
+
+
+def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
+    scheduling = {"threads": 1, "instances": 2, "batch": 8, "delay": 0}
+    loads = [{"part": 0.5, "rate": 20.0, "p50": 0.05, "p99": 0.2}, {"part": 0.9, "rate": 36.0, "p50": 0.1, "p99": 0.9}]
     found = {
-        "ratios": ratios, "texts_per_second": {name: {"median": own[0], "range": own} for name, own in rates.items()},
+        "ratios": _ratios(RATES, {"mixed": 16.0, "fixed": 32.0}, [2.5, 3.5]),
+        "texts_per_second": {name: summary(own, 2) for name, own in RATES.items()},
         "latency_seconds": {name: {"p50": 0.01, "p99": 0.025} for name in ("unloaded", "half_load")},
+        "scheduling": {way: scheduling for way in ("ours", "ours_int8", "today", "paper")}, "workers": 2,
+        "ablations": {
+            way: {name: summary([10.0 * (1 + at)], 2) for name in ("all", "deep", "shallow")}
+            for at, way in enumerate(("paper", "folding", "segments", "ragged", "ours"))
+        },
+        "by_load": {way: {"loads": loads, "highest_rate": 30.0} for way in ("ours", "ours_int8")}
+        | {"today": {"loads": loads, "highest_rate": 0.0}},
+        "steps": {"trunk_0_4": {"batch": 6.1, "queue_ms": 80.0, "compute_infer_ms": 100.0}},
+        "footprint": {way: {"memory_mib": 2048, "start_seconds": 6.0} for way in ("ours", "today")},
+        "perf_analyzer": {"missing": "perf_analyzer cannot be installed"}, "p99_bound": 1.0,
         "tokens_per_text": {"mixed": 23.0, "fixed": 32.0}, "size": "BERT-base", "trunk_layers": 9, "shallow_layers": 4,
         "baseline_level": "O2", "concurrency": 32, "cores": 2, "versions": {"onnxruntime": "1"}, "command": "bench",
     }  # fmt: skip
@@ -116,4 +145,72 @@ def test_ratios_are_of_one_round_and_the_report_tells_them(tmp_path) -> None:
     page = (tmp_path / "performance.md").read_text()
     assert "| cost reduction against today's way | 0.925 | 0.900 – 0.950 | ≥ 0.93 |" in page
     assert "| P99 at half of the highest rate ÷ P99 unloaded | 3.000 | 2.500 – 3.500 | ≤ 3 |" in page
-    assert (tmp_path / "performance.png").stat().st_size > 1000
+    assert "| all three: ours | 50.0 (5.00×) | 50.0 (5.00×) | 50.0 (5.00×) |" in page
+    assert "| today's way: eight full models | none |" in page
+    assert "2 × 1 threads, batches of 8" in page
+    assert "Not measured: perf_analyzer cannot be installed." in page
+    assert "GPU figures are not measured yet" in page
+    for picture in ("performance.png", "performance-latency.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
+        assert picture in page
+
+
+def test_perf_analyzers_table_is_read() -> None:
+    table = (
+        "Concurrency,Inferences/Second,Client Send,p50 latency,p90 latency,p95 latency,p99 latency\n"
+        "8,30.5,12,250000,260000,270000,400000\n1,20,12,50000,60000,70000,80000\n"
+    )
+    assert perf.rows(table) == [
+        {"load": 1.0, "texts_per_second": 20.0, "p50": 0.05, "p99": 0.08},
+        {"load": 8.0, "texts_per_second": 30.5, "p50": 0.25, "p99": 0.4},
+    ]
+    (row,) = perf.rows(table.replace("Concurrency", "Request Rate").rsplit("\n", 2)[0])
+    assert row["load"] == 8.0
+
+
+def test_finished_stages_are_kept_until_all_is_done(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise KeyboardInterrupt
+
+    stages = Stages(tmp_path / "stages.json", "two cores")
+    assert stages.get("one", lambda: {"rate": 1.5}) == {"rate": 1.5}
+    with pytest.raises(KeyboardInterrupt):
+        stages.get("two", fails)
+    again = Stages(tmp_path / "stages.json", "two cores")
+    assert again.get("one", lambda: pytest.fail("was measured before")) == {"rate": 1.5}
+    assert Stages(tmp_path / "stages.json", "four cores").get("one", lambda: 2) == 2
+    again.finish()
+    assert Stages(tmp_path / "stages.json", "two cores").get("one", lambda: 3) == 3
+
+
+@pytest.mark.server
+def test_steps_tell_of_the_requests_in_between(server: TritonServer, base: Base) -> None:
+    asked = Asked(server.grpc_url, ENSEMBLE, ("intent",))
+    before = statistics(server.grpc_url)
+    assert steps(before, before) == {}
+    closed_loop(asked, texts.fixed(base.tokenizer, 8), 4, 0.5)
+    found = steps(before, statistics(server.grpc_url))
+    assert found["head_intent"]["batch"] >= 1
+    assert found["head_intent"]["compute_infer_ms"] > 0
+    assert "head_slots" not in found, "nobody asked it"
+    assert server.pid is not None
+    assert memory(server.pid) > 100, "MiB of a server and its models"
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**16))
+def test_padded_models_answer_as_the_branch_does(
+    tiny: Base, tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seed: int
+) -> None:
+    """Whole and folded, over any padding: what is compared computes the same."""
+    torch.manual_seed(seed)
+    size = tiny.config.hidden_size
+    branch = Branch(tiny.config, Kind.CLASSIFICATION, 1, 3).eval()
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    hidden = torch.randn(len(lengths), max(lengths), size)
+    expected = branch.answer(hidden, mask.bool()).detach().numpy()
+    folder = tmp_path_factory.mktemp("padded")
+    for module in (padded.Whole(branch), padded.Folded(branch)):
+        padded.trace(module, ("hidden", "attention_mask"), "probabilities", size, folder / "head.onnx")
+        feed = {"hidden": hidden.numpy(), "attention_mask": mask.numpy()}
+        np.testing.assert_allclose(session(folder / "head.onnx", 1).run(None, feed)[0], expected, atol=1e-5)

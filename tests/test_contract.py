@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from google.protobuf import text_format
+from hypothesis import given
+from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.configs import (
@@ -33,7 +35,9 @@ from espalier.contract import (
 )
 from espalier.errors import ContractError, FingerprintError
 from espalier.repository import Repository, check_head
+from espalier.scheduling import Scheduling
 
+SCHEDULING = Scheduling(threads=3, instances=2, batch=8, delay=0)
 PRINTS = {3: "3" * 64, 5: "5" * 64, 9: "9" * 64}
 
 
@@ -60,9 +64,9 @@ HEADS = [
 ]  # fmt: skip
 CONFIGS = {
     "tokenizer": lambda: tokenizer_config(128),
-    "trunk": lambda: trunk_config(CHAIN[0], threads=2),
-    "next segment": lambda: trunk_config(CHAIN[1], threads=None),
-    "gpu trunk": lambda: trunk_config(segment(0, 3, Target.GPU), threads=2),
+    "trunk": lambda: trunk_config(CHAIN[0], SCHEDULING),
+    "next segment": lambda: trunk_config(CHAIN[1], SCHEDULING),
+    "gpu trunk": lambda: trunk_config(segment(0, 3, Target.GPU), SCHEDULING),
     **{info.task: (lambda info=info: head_config(info)) for info in HEADS},
     "gpu head": lambda: head_config(HEADS[1].model_copy(update={"target": Target.GPU})),
     "ensemble": lambda: ensemble_config(CHAIN, HEADS),
@@ -98,7 +102,7 @@ def test_a_head_says_of_itself_what_was_written(info: HeadInfo) -> None:
 
 @pytest.mark.parametrize("info", [*CHAIN, segment(0, 9, Target.GPU)], ids=lambda info: f"{info.model} {info.target}")
 def test_a_segment_says_of_itself_what_was_written(info: TrunkInfo) -> None:
-    config = text_format.Parse(render(trunk_config(info, threads=4)), pb.ModelConfig())
+    config = text_format.Parse(render(trunk_config(info, SCHEDULING)), pb.ModelConfig())
     assert TrunkInfo.read(config) == info
     assert config.name == f"trunk_{info.start}_{info.stop}"
 
@@ -136,7 +140,7 @@ def test_no_task_names(name: str) -> None:
 
 
 def test_the_first_segment_reads_tokens_and_the_next_what_is_below() -> None:
-    first, second = (trunk_config(info, threads=2) for info in CHAIN[:2])
+    first, second = (trunk_config(info, SCHEDULING) for info in CHAIN[:2])
     assert tensors(first.input) == {
         "length": ("TYPE_INT32", [1]),
         "input_ids": ("TYPE_INT64", [-1]),
@@ -195,7 +199,34 @@ def test_threads_are_set_on_the_cpu_alone() -> None:
         name: CONFIGS[name]().parameters["intra_op_thread_count"].string_value
         for name in ("trunk", "next segment", "gpu trunk", "intent", "gpu head")
     }
-    assert threads == {"trunk": "2", "next segment": "", "gpu trunk": "", "intent": "1", "gpu head": ""}
+    assert threads == {"trunk": "3", "next segment": "3", "gpu trunk": "", "intent": "1", "gpu head": ""}
+
+
+def test_on_a_cpu_every_step_takes_cores_and_on_a_gpu_none() -> None:
+    taken = {
+        name: [(resource.name, resource.count) for resource in CONFIGS[name]().instance_group[0].rate_limiter.resources]
+        for name in ("trunk", "next segment", "gpu trunk", "intent", "gpu head")
+    }
+    assert taken == {
+        "trunk": [("cores", 3)], "next segment": [("cores", 3)], "gpu trunk": [], "intent": [("cores", 1)],
+        "gpu head": [],
+    }  # fmt: skip
+
+
+@given(
+    st.builds(
+        Scheduling, threads=st.integers(1, 99), instances=st.integers(1, 9), batch=st.integers(0, 64),
+        delay=st.integers(0, 10**6),
+    ),
+    st.integers(1, 256),
+)  # fmt: skip
+def test_a_scheduling_is_read_as_it_was_written(scheduling: Scheduling, cores: int) -> None:
+    config = trunk_config(CHAIN[0], SCHEDULING)
+    scheduling.write_to(config)
+    scheduling.write_to(config)
+    assert Scheduling.read(text_format.Parse(render(config), pb.ModelConfig())) == scheduling
+    default = Scheduling.default(cores)
+    assert cores / 2 <= default.threads * default.instances <= cores
 
 
 def test_the_ensemble_chains_the_segments_and_hangs_each_head_on_its_tap() -> None:
@@ -218,7 +249,7 @@ def test_the_ensemble_chains_the_segments_and_hangs_each_head_on_its_tap() -> No
 
 
 def test_the_ensembles_tensors_are_those_that_its_models_have() -> None:
-    configs = [tokenizer_config(128), *(trunk_config(info, 1) for info in CHAIN)]
+    configs = [tokenizer_config(128), *(trunk_config(info, SCHEDULING) for info in CHAIN)]
     models = {config.name: config for config in [*configs, *(head_config(info) for info in HEADS)]}
     for step in ensemble_config(CHAIN, HEADS).ensemble_scheduling.step:
         assert set(step.input_map) == set(tensors(models[step.model_name].input))
@@ -371,7 +402,7 @@ def test_parameters_of_other_people_are_left_alone() -> None:
 
 def write_repository(path: Path, chain: list[TrunkInfo], heads: list[HeadInfo]) -> Repository:
     for segment in chain:
-        write_config(path / segment.model, trunk_config(segment, threads=1))
+        write_config(path / segment.model, trunk_config(segment, SCHEDULING))
     for info in heads:
         write_config(path / info.model, head_config(info))
     write_config(path / "multitask", ensemble_config(chain, heads))

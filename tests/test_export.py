@@ -15,11 +15,12 @@ from conftest import DEEP, SHALLOW, make_branch
 from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.branch import BranchCard, load_branch, read_card, save_branch
-from espalier.configs import read_config
+from espalier.configs import read_config, write_config
 from espalier.contract import ENSEMBLE, HeadInfo, Target
 from espalier.encoder import Base
 from espalier.errors import CheckpointError, ContractError, ExportError, FingerprintError
 from espalier.repository import Repository, check_head
+from espalier.scheduling import Scheduling
 from export.gate import Quantized, quantized_score
 from export.models import head_model, segment_model
 from export.repository import Exported, export
@@ -39,7 +40,7 @@ def run(base: Base):
     """Export with the base that is loaded already."""
 
     def run(branches: list[Path], repository: Path, target: Target = Target.CPU, **options: Any):
-        return export(branches, repository, target, threads=1, load=lambda name, revision: base, **options)
+        return export(branches, repository, target, {"threads": 1}, load=lambda name, revision: base, **options)
 
     return run
 
@@ -240,7 +241,7 @@ def test_a_full_disk_leaves_nothing_half_written(repository: Path, branches: dic
     before = contents(repository)
     script = (
         "import sys; from pathlib import Path; from export.repository import export; from espalier.errors import *\n"
-        "try: export([Path(sys.argv[1])], Path(sys.argv[2]), threads=1)\n"
+        "try: export([Path(sys.argv[1])], Path(sys.argv[2]), scheduling={'threads': 1})\n"
         "except ExportError as error: sys.exit(f'ExportError: {error}')\n"
     )
     done = subprocess.run(
@@ -278,7 +279,7 @@ def test_an_export_stopped_in_a_split_harms_nothing(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export([lower], repository, threads=1, load=lambda name, revision: base, report=stop)
+        export([lower], repository, scheduling={"threads": 1}, load=lambda name, revision: base, report=stop)
     assert (repository / "trunk_0_2").exists()
     assert [head.task for head in check_repository(repository)] == ["intent", "slots"]
     assert [segment.model for segment in Repository(repository).trunk()] == ["trunk_0_3"]
@@ -309,17 +310,25 @@ def test_a_folder_that_is_no_segment_is_left_alone(run, repository: Path, branch
     assert (repository / "trunk_notes").is_dir()
 
 
-def test_the_deployed_trunks_threads_are_kept(base: Base, repository: Path, branches: dict[str, Path]) -> None:
-    def threads() -> str:
-        return read_config(repository / "trunk_0_3").parameters["intra_op_thread_count"].string_value
+def test_the_deployed_trunk_keeps_its_scheduling(base: Base, repository: Path, branches: dict[str, Path]) -> None:
+    def again(**changed: int) -> Scheduling | None:
+        export([branches["intent"]], repository, scheduling=changed, load=lambda name, revision: base)
+        kept = {Scheduling.read(read_config(folder)) for folder in Repository(repository).segment_folders()}
+        assert kept == {Repository(repository).scheduling()}
+        return kept.pop()
 
-    def again(count: int | None) -> None:
-        export([branches["intent"]], repository, threads=count, load=lambda name, revision: base)
+    first = again()
+    assert first is not None
+    assert again(threads=7, delay=300) == first.model_copy(update={"threads": 7, "delay": 300})
+    assert again() == first.model_copy(update={"threads": 7, "delay": 300})
 
-    assert threads() == "1"
-    again(7)
-    again(None)
-    assert threads() == "7"
+
+def test_a_trunk_that_does_not_tell_its_threads_is_refused(run, repository: Path, branches: dict[str, Path]) -> None:
+    config = read_config(repository / "trunk_0_3")
+    del config.parameters["intra_op_thread_count"]
+    write_config(repository / "trunk_0_3", config)
+    with pytest.raises(ContractError, match=r"trunk_0_3/config.pbtxt does not tell how it is scheduled \(threads"):
+        run([branches["intent"]], repository)
 
 
 def test_a_base_that_moved_is_found_where_one_says(

@@ -54,7 +54,7 @@ def shop(tiny: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         make_branch(tiny, specs / f"{task}.yaml", tap, 1, home / "branches" / task, seed)
         for seed, (task, tap) in enumerate(tasks.items())
     ]
-    export(branches, home / "models", threads=1, load=lambda name, revision: tiny)
+    export(branches, home / "models", scheduling={"threads": 1}, load=lambda name, revision: tiny)
     return home / "models"
 
 

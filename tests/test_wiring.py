@@ -44,7 +44,7 @@ def shop(tiny: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             make_branch(tiny, specs / f"{task}.yaml", tap, min(1, 3 - tap), home / "branches" / name / task, seed)
             for task, tap in taps.items()
         ]
-        export(branches, home / name, threads=1, load=lambda name, revision: tiny)
+        export(branches, home / name, scheduling={"threads": 1}, load=lambda name, revision: tiny)
 
     ship("first", intent=1, urgency=2)
     ship("second", intent=1, urgency=2)
@@ -65,7 +65,7 @@ def other(tiny: Base, specs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         make_branch(base, specs / f"{task}.yaml", tap, 1, home / "branches" / task)
         for task, tap in (("intent", 1), ("urgency", 2))
     ]
-    export(branches, home / "models", threads=1, load=lambda name, revision: base)
+    export(branches, home / "models", scheduling={"threads": 1}, load=lambda name, revision: base)
     return home / "models"
 
 

@@ -1,10 +1,11 @@
-"""docs/performance.md and its picture, from what the bench measured."""
+"""docs/performance.md and its pictures, from what the bench measured."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from espalier.files import write_whole
+from espalier.scheduling import Scheduling
 from training.plots import INK, LINE, new_figure, write_figure
 
 NAMES = {
@@ -15,19 +16,82 @@ NAMES = {
     "ours_shallow": "ours, the shallow task",
     "ours_int8": "ours, 8-bit, all 8 tasks",
     "bound": "bound: our graphs in one process, no server",
+    "paper": "the paper's way: padded, not folded",
+    "python": "a Python server: LitServe, PyTorch",
     "today": "today's way: eight full models",
 }
 """What was measured, in the order of the report."""
+ABLATIONS = {
+    "paper": "none: the paper's way",
+    "folding": "folding alone",
+    "segments": "segments alone",
+    "ragged": "ragged batches alone",
+    "ours": "all three: ours",
+}
+LOADS = {"unloaded": "one request after the other", "half_load": "half of the highest rate, random arrivals"}
+WAYS = {"ours": LINE, "ours_int8": "#7a3fa0", "today": "#c0553a"}
 
 
-def write_report(found: Mapping[str, Any], to: Path) -> None:
-    """Write performance.md and performance.png into the folder `to`."""
-    _plot(found["texts_per_second"], to / "performance.png")
-    write_whole(to / "performance.md", _page(found))
+def write_report(found: Mapping[str, Any], to: Path, stem: str = "performance") -> None:
+    """Write STEM.md and its pictures into the folder `to`."""
+    _plot_rates(found["texts_per_second"], to / f"{stem}.png")
+    _plot_latency(found["by_load"], to / f"{stem}-latency.png")
+    write_whole(to / f"{stem}.md", "\n".join(_page(found, stem)))
 
 
-def _page(found: Mapping[str, Any]) -> str:
-    ratios, latency = found["ratios"], found["latency_seconds"]
+def _page(found: Mapping[str, Any], stem: str) -> list[str]:
+    return [
+        f"# What serving costs: {found['size']}",
+        "",
+        f"Measured by `{found['command']}` on {found['cores']} CPU cores, ONNX Runtime "
+        f"{found['versions']['onnxruntime']}, embedded Triton. What is compared is served at the same time and takes "
+        "turns; a ratio is the median of the rounds, with their range. Absolute rates belong to one machine and day.",
+        "",
+        *_what(found),
+        "",
+        *_ratios(found),
+        "",
+        *_rates(found, stem),
+        "",
+        *_ablations(found["ablations"]),
+        "",
+        *_latency(found, stem),
+        "",
+        *_inside(found),
+        "",
+        *_perf_analyzer(found["perf_analyzer"]),
+        "",
+        "## GPU",
+        "",
+        "GPU figures are not measured yet: nothing here was run on one.",
+        "",
+    ]
+
+
+def _what(found: Mapping[str, Any]) -> list[str]:
+    scheduling = {way: Scheduling.model_validate(own) for way, own in found["scheduling"].items()}
+    weights = "random weights: cost does not depend on them" if found["size"] == "BERT-base" else "the packaged model"
+    return [
+        f"* **Ours**: {found['size']} sizes ({weights}), a trunk of {found['trunk_layers']} layers, eight heads of one "
+        f"folded layer, one of them on a tap after {found['shallow_layers']} layers; text in, eight outputs. Trunk: "
+        f"{scheduling['ours']}; 8-bit: {scheduling['ours_int8']}.",
+        "* **Today's way**: eight full models exported and optimised by optimum (level "
+        f"{found['baseline_level']}, the fastest of O1 to O3 here), behind the same tokenizer in one ensemble on the "
+        f"same Triton, padded to 16, 32, 64 or 128 tokens, dynamic batching. Each model: {scheduling['today']}.",
+        "* **The paper's way**: the same trunk and branches as PyTorch exports them: padded, every layer of a branch "
+        f"for every token, one trunk without segments; on the same Triton. Each model: {scheduling['paper']}.",
+        "* **A Python server**: LitServe, PyTorch, trunk and branches in one model, batches of up to 32 padded to "
+        f"their longest text, HTTP, {found['workers']} worker(s) that share the cores (1 and 2 were tried).",
+        "* **Bound**: our ONNX files in one process, no server; of several batch sizes and arrangements of threads the "
+        "best in each round.",
+        f"* **Texts**: mixed lengths (log-normal, 5 to 128 tokens, {found['tokens_per_text']['mixed']:.0f} on "
+        f"average) unless it says otherwise, one per request, {found['concurrency']} requests under way, gRPC.",
+        "* **Scheduling**: each way has the fastest of up to six schedulings (threads, instances, batch), found by the "
+        "same trials before.",
+    ]
+
+
+def _ratios(found: Mapping[str, Any]) -> list[str]:
     # A shallow text runs as many layers less as its tap is lower; the heads are left out of this count.
     layers = found["shallow_layers"] / found["trunk_layers"]
     rows = [
@@ -36,72 +100,136 @@ def _page(found: Mapping[str, Any]) -> str:
         ("one more task, of the texts per second", "marginal_task", "≤ 0.015"),
         ("ensemble ÷ bound", "ensemble_over_bound", "≥ 0.90"),
         ("mixed ÷ fixed lengths, per token", "mixed_over_fixed", "≥ 0.95"),
-        ("ragged ÷ padded", "ragged_over_padded", ""),
         ("time per text: shallow task alone ÷ all tasks", "shallow_over_all", f"{layers:.2f} by trunk layers, ± 10 %"),
         ("8-bit ÷ FP32", "int8_over_fp32", "≥ 1.8"),
         ("P99 at half of the highest rate ÷ P99 unloaded", "p99_half_load_over_unloaded", "≤ 3"),
+        ("ragged ÷ padded", "ragged_over_padded", ""),
+        ("cost reduction of the paper's way against today's", "paper_cost_reduction", "0.86 estimated in the paper"),
+        ("cost reduction of ours against the paper's way", "cost_reduction_against_paper", ""),
+        ("cost reduction of ours against the Python server", "cost_reduction_against_python", ""),
     ]
-    speeds = [
-        (NAMES[name], f"{own['median']:.1f}", f"{own['range'][0]:.1f} – {own['range'][1]:.1f}")
+    return [
+        "## Ratios",
+        "",
+        *_table(
+            ("", "measured", "range", "aim"),
+            [(label, *_values(found["ratios"][name]), aim) for label, name, aim in rows],
+        ),
+        "",
+        "Cost reduction is 1 − (texts per second of the other way ÷ ours). What padding costs is seen with the same "
+        "graphs on texts with as many tokens as their bucket has: 16, 32, 64 or 128.",
+    ]
+
+
+def _rates(found: Mapping[str, Any], stem: str) -> list[str]:
+    rows = [
+        (
+            NAMES[name], f"{own['median']:.1f}", f"{own['range'][0]:.1f} – {own['range'][1]:.1f}",
+            f"{own['median'] / found['cores']:.1f}",
+        )
         for name in NAMES
         if (own := found["texts_per_second"].get(name))
+    ]  # fmt: skip
+    return [
+        "## Texts per second",
+        "",
+        *_table(("", "median", "range", "per core"), rows),
+        "",
+        f"![Texts per second]({stem}.png)",
     ]
-    waits = [
-        (NAMES_OF_LOADS[name], f"{1000 * own['p50']:.0f} ms", f"{1000 * own['p99']:.0f} ms")
-        for name, own in latency.items()
-    ]
-    return "\n".join(
-        [
-            "# What serving costs",
-            "",
-            f"Measured by `{found['command']}` on {found['cores']} CPU cores, ONNX Runtime "
-            f"{found['versions']['onnxruntime']}, embedded Triton. All ways are served at the same time and take "
-            "turns; a ratio is the median of the rounds, with their range. Absolute rates belong to one machine and "
-            "day.",
-            "",
-            f"* **Ours**: {found['size']} sizes with random weights, a trunk of {found['trunk_layers']} layers, eight "
-            f"heads of one folded layer, one of them on a tap after {found['shallow_layers']} layers; text in, eight "
-            "outputs.",
-            "* **Today's way**: eight full models exported and optimised by optimum (level "
-            f"{found['baseline_level']}, the fastest of O1 to O3 here), behind the same tokenizer in one ensemble on "
-            "the same Triton, padded to 16, 32, 64 or 128 tokens, dynamic batching, a thread per core.",
-            "* **Bound**: our ONNX files in one process on batches of 32 texts, threads arranged as is best.",
-            f"* **Texts**: mixed lengths (log-normal, 5 to 128 tokens, {found['tokens_per_text']['mixed']:.0f} on "
-            f"average) unless it says otherwise, one per request, {found['concurrency']} requests under way, gRPC.",
-            "",
-            "## Ratios",
-            "",
-            *_table(
-                ("", "measured", "range", "aim"),
-                [(label, *_values(ratios[name]), aim) for label, name, aim in rows],
-            ),
-            "",
-            "Cost reduction is 1 − (texts per second of today's way ÷ ours). What padding costs is seen with the same "
-            "graphs on texts with as many tokens as their bucket has: 16, 32, 64 or 128.",
-            "",
-            "## Texts per second",
-            "",
-            *_table(("", "median", "range"), speeds),
-            "",
-            "![Texts per second](performance.png)",
-            "",
-            "## Latency of ours",
-            "",
-            *_table(("", "P50", "P99"), waits),
-            "",
-            "Random arrivals count from the moment at which a text was to be sent (no coordinated omission).",
-            "",
-            "## Not measured yet",
-            "",
-            "* A GPU: nothing here was run on one.",
-            "* The paper's way (padded, not folded); what folding and segments give by themselves; a Python server; "
-            "perf_analyzer; the highest Poisson rate under a bound of P99; memory and start-up time.",
-            "",
-        ]
-    )
 
 
-NAMES_OF_LOADS = {"unloaded": "one request after the other", "half_load": "half of the highest rate, random arrivals"}
+def _ablations(rates: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for way, label in ABLATIONS.items():
+        own = [rates[way][name]["median"] for name in ("all", "deep", "shallow")]
+        base = [rates["paper"][name]["median"] for name in ("all", "deep", "shallow")]
+        rows.append((label, *(f"{a:.1f} ({a / b:.2f}×)" for a, b in zip(own, base, strict=True))))
+    return [
+        "## What each part gives",
+        "",
+        "Texts per second, and how many times those of the paper's way, measured in turn.",
+        "",
+        *_table(("", "all 8 tasks", "one deep task", "the shallow task"), rows),
+        "",
+        "Without segments every task sits on the one tap, so the shallow one costs what a deep one costs.",
+    ]
+
+
+def _latency(found: Mapping[str, Any], stem: str) -> list[str]:
+    waits = [(LOADS[name], _ms(own["p50"]), _ms(own["p99"])) for name, own in found["latency_seconds"].items()]
+    bound = found["p99_bound"]
+    loads = [
+        (NAMES[way], f"{load['part']:.0%}", f"{load['rate']:.1f}", _ms(load["p50"]), _ms(load["p99"]))
+        for way in WAYS
+        for load in found["by_load"][way]["loads"]
+    ]
+    highest = [
+        (NAMES[way], f"{rate:.1f}" if (rate := found["by_load"][way]["highest_rate"]) else "none") for way in WAYS
+    ]
+    return [
+        "## Latency",
+        "",
+        "Of ours, between the other windows:",
+        "",
+        *_table(("", "P50", "P99"), waits),
+        "",
+        "By offered load, random arrivals at a part of each way's own highest rate:",
+        "",
+        *_table(("", "load", "texts/s", "P50", "P99"), loads),
+        "",
+        f"![Latency by offered load]({stem}-latency.png)",
+        "",
+        "Random arrivals count from the moment at which a text was to be sent (no coordinated omission).",
+        "",
+        *_table(("", f"highest rate with P99 within {bound:g} s, texts/s"), highest),
+    ]
+
+
+def _inside(found: Mapping[str, Any]) -> list[str]:
+    steps = [
+        (name, f"{own['batch']:.1f}", *(f"{own[f'{part}_ms']:.1f}" for part in ("queue", "compute_infer")))
+        for name, own in sorted(found["steps"].items())
+    ]
+    footprint = [
+        (NAMES[way], f"{own['memory_mib'] / 1024:.1f} GiB", f"{own['start_seconds']:.0f} s")
+        for way, own in found["footprint"].items()
+    ]
+    return [
+        "## Inside the server",
+        "",
+        f"Ours, {found['concurrency']} requests under way, from Triton's own statistics; milliseconds per request. A "
+        "step waits in its queue for cores while others compute.",
+        "",
+        *_table(("step", "mean batch", "in the queue", "computing"), steps),
+        "",
+        "Memory is the proportional set size of all processes after load; start-up is until all models are ready.",
+        "",
+        *_table(("", "memory", "start-up"), footprint),
+    ]
+
+
+def _perf_analyzer(found: Mapping[str, Any]) -> list[str]:
+    lines = ["## perf_analyzer", ""]
+    if "missing" in found:
+        return [*lines, f"Not measured: {found['missing']}."]
+    rows = [
+        (NAMES[way], name, f"{row['load']:g}", f"{row['texts_per_second']:.1f}", _ms(row["p50"]), _ms(row["p99"]))
+        for way, sweeps in found.items()
+        for name, rows in sweeps.items()
+        for row in rows
+    ]
+    return [
+        *lines,
+        "NVIDIA's own load generator on the same servers, all outputs; its CSV is in `docs/perf_analyzer/`. The load "
+        "is requests under way, or texts per second at random moments (Poisson).",
+        "",
+        *_table(("", "sweep", "load", "texts/s", "P50", "P99"), rows),
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms"
 
 
 def _values(ratio: Mapping[str, Any]) -> tuple[str, str]:
@@ -117,7 +245,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _plot(rates: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def _plot_rates(rates: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     names = [name for name in NAMES if name in rates][::-1]
     figure, axes = new_figure(7.0, 0.6 + 0.42 * len(names), "texts per second")
     middle = [rates[name]["median"] for name in names]
@@ -125,4 +253,19 @@ def _plot(rates: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axes.barh(range(len(names)), middle, xerr=reach, color=LINE, ecolor=INK, height=0.6, capsize=2)
     axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
     axes.grid(axis="y", visible=False)
+    write_figure(figure, path)
+
+
+def _plot_latency(by_load: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    figure, axes = new_figure(6.2, 3.6, "offered load, texts per second", "latency, ms")
+    for way, color in WAYS.items():
+        loads = by_load[way]["loads"]
+        for percentile, style in (("p50", "--"), ("p99", "-")):
+            axes.plot(
+                [load["rate"] for load in loads], [1000 * load[percentile] for load in loads], style, color=color,
+                marker="o", markersize=3, label=f"{NAMES[way]}, {percentile.upper()}",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=7, frameon=False)
     write_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The texts that are sent: words of the vocabulary, so many that a text has just the tokens that are wanted."""
+"""Texts to measure with: words of the vocabulary, so many that a text has just the tokens that are wanted."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -6,15 +6,18 @@ from functools import cache
 import numpy as np
 from tokenizers import Tokenizer
 
-from export.costs import mixed_lengths
-
 FIXED = 32
 SPECIAL = 2  # [CLS] and [SEP]
 BLOCK = 64
 
 
+def mixed_lengths(rng: np.random.Generator, count: int, longest: int = 128) -> "np.typing.NDArray[np.int64]":
+    """Draw lengths in tokens: log-normal, 5 to 128, 23 in the mean – short questions with a tail of longer texts."""
+    return np.clip(rng.lognormal(2.95, 0.6, count).round().astype(np.int64), 5, min(128, longest))
+
+
 def mixed(tokenizer: str, count: int, seed: int = 0) -> list[str]:
-    """Return texts of mixed lengths, see `export.costs.mixed_lengths`.
+    """Return texts of mixed lengths, see `mixed_lengths`.
 
     Each BLOCK of them has nearly the same lengths, one of each quantile, in another order: a window of few texts asks
     for as many tokens per text as one of many.

@@ -1,4 +1,4 @@
-"""Load on a Triton ensemble that takes text: closed-loop for throughput, open-loop for latency.
+"""Load on a server that takes text: closed-loop for throughput, open-loop for latency.
 
 One text per request, as applications send them; the server makes the batches. Every way that is compared is asked by
 this same client, over gRPC.
@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -31,13 +32,34 @@ def _histogram() -> HdrHistogram:
     return HdrHistogram(1, LONGEST, 3)
 
 
+class Asker(Protocol):
+    """Sends one text at a time."""
+
+    async def ask(self, text: str) -> None:
+        """Ask about a text; raise an exception if it is not answered in full."""
+
+    async def close(self) -> None:
+        """Close the connection."""
+
+
+class Server(Protocol):
+    """What is put under load."""
+
+    def connect(self) -> Asker:
+        """Return a connection, within a running event loop."""
+
+
 @dataclass(frozen=True)
 class Asked:
-    """An ensemble and those of its outputs that are wanted."""
+    """An ensemble on a Triton, and those of its outputs that are wanted."""
 
     url: str  # host:port of gRPC
     model: str
     outputs: tuple[str, ...]
+
+    def connect(self) -> Asker:
+        """Return a connection."""
+        return TritonAsker(self)
 
 
 @dataclass
@@ -63,8 +85,8 @@ class Window:
         self.latency.record_value(min(LONGEST, max(1, round(seconds * 1e6))))
 
 
-class Asker:
-    """Sends one text at a time to what is asked."""
+class TritonAsker:
+    """Sends one text at a time to an ensemble."""
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
@@ -86,15 +108,15 @@ class Asker:
 
 
 @contextlib.asynccontextmanager
-async def _asker(asked: Asked) -> AsyncIterator[Asker]:
-    asker = Asker(asked)
+async def _asker(asked: Server) -> AsyncIterator[Asker]:
+    asker = asked.connect()
     try:
         yield asker
     finally:
         await asker.close()
 
 
-def closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
+def closed_loop(asked: Server, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
     """Keep `concurrency` requests under way; count those answered within `seconds`, once as many were to warm up.
 
     So many are under way when the count begins as when it ends: a server whose answers take long loses nothing by it.
@@ -102,7 +124,7 @@ def closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, seconds: f
     return asyncio.run(_closed_loop(asked, texts, concurrency, seconds))
 
 
-async def _closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
+async def _closed_loop(asked: Server, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
     window, source = Window(), itertools.cycle(texts)
     async with _asker(asked) as asker:
         warm, began = 0, math.inf
@@ -123,7 +145,30 @@ async def _closed_loop(asked: Asked, texts: Sequence[str], concurrency: int, sec
     return window
 
 
-def open_loop(asked: Asked, texts: Sequence[str], rate: float, seconds: float, seed: int = 0) -> Window:
+def highest_rate(
+    asked: Server, texts: Sequence[str], bound: float, top: float, seconds: float, steps: int = 5
+) -> tuple[float, Window | None]:
+    """Return the highest rate of random arrivals at which P99 stays within `bound` seconds, and what it was like.
+
+    Looks between 0 and `top` texts per second by halves, in `steps` windows of `seconds`. 0 and None if no rate does.
+    """
+    low, high = 0.0, top
+    best: Window | None = None
+    for step in range(steps):
+        rate = (low + high) / 2
+        try:
+            window = open_loop(asked, texts, rate, seconds, seed=step)
+        except ServerError:  # it does not keep up
+            high = rate
+            continue
+        if window.percentile(99) <= bound:
+            low, best = rate, window
+        else:
+            high = rate
+    return low, best
+
+
+def open_loop(asked: Server, texts: Sequence[str], rate: float, seconds: float, seed: int = 0) -> Window:
     """Send texts at random moments, `rate` a second on average (a Poisson process), whether answers came or not.
 
     Latency counts from the moment at which a text was to be sent, not from that at which it was: a server that stalls
@@ -132,7 +177,7 @@ def open_loop(asked: Asked, texts: Sequence[str], rate: float, seconds: float, s
     return asyncio.run(_open_loop(asked, texts, rate, seconds, seed))
 
 
-async def _open_loop(asked: Asked, texts: Sequence[str], rate: float, seconds: float, seed: int) -> Window:
+async def _open_loop(asked: Server, texts: Sequence[str], rate: float, seconds: float, seed: int) -> Window:
     window, source, chance = Window(), itertools.cycle(texts), random.Random(seed)
     async with _asker(asked) as asker, asyncio.TaskGroup() as group:
         await asker.ask(next(source))

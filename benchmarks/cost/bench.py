@@ -1,0 +1,294 @@
+"""`espalier bench`: builds what it compares, serves it on one machine, asks one way and the other in turn.
+
+Writes performance.json, which `benchmarks.cost.report` puts into words and pictures. What was built, and what was
+measured before an interruption, stays under runs/bench.
+"""
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import onnxruntime
+from tokenizers import Tokenizer
+
+from benchmarks import perf_analyzer, summary
+from benchmarks.cost import bound, perf, python_server, ways
+from benchmarks.cost.build import Built, build
+from benchmarks.cost.checkpoint import SIZES, Size
+from benchmarks.cost.footprint import memory, statistics, steps
+from benchmarks.cost.report import write_report
+from benchmarks.cost.stages import Stages
+from espalier import show, texts
+from espalier.contract import ENSEMBLE
+from espalier.errors import ServerError
+from espalier.files import write_whole
+from espalier.scheduling import Scheduling, available_cores
+from serving.load import Asked, Server, Window, closed_loop, highest_rate, open_loop
+from serving.triton import TritonServer
+
+TEXTS = 256
+DEEP = ways.TASKS[1:2]
+ALONE = (ways.SHALLOW,)
+UNLOADED = 10.0
+"""Seconds of one request after the other."""
+HALF_LOAD = 20.0
+"""Seconds of random requests at half of the highest rate."""
+SLOW = 3.0
+"""How much longer the windows of today's way are: it answers a tenth of the texts."""
+LOADS = (0.25, 0.5, 0.75, 0.9)
+"""Offered load, of a way's own highest rate."""
+BOUND = 1.0
+"""Seconds of P99 within which the highest rate is looked for."""
+WORKERS = (1, 2)
+"""Processes of the Python server that are tried."""
+ABLATIONS = ("paper", "folding", "segments", "ragged", "ours")
+ASKED = {"all": ways.TASKS, "deep": DEEP, "shallow": ALONE}
+LOGS = Path("logs")
+
+
+def bench(size: Literal["bert-base", "minilm"], seconds: float, rounds: int, home: Path, report: Path) -> None:
+    """Measure, print, write."""
+    chosen = SIZES[size]
+    with show.waiting("building what is compared") as status:
+        built = build(chosen, home, lambda what: status.update(f"building: {what}"))
+    command = f"espalier bench --size {size} --seconds {seconds:g} --rounds {rounds}"
+    stages = Stages(home / f"{chosen.name}.json", f"{command}, {available_cores()} cores, {built.level}")
+    found = _Bench(built, chosen, seconds, rounds, stages, report).run()
+    found |= {
+        "size": chosen.name, "trunk_layers": chosen.trunk, "shallow_layers": chosen.shallow,
+        "baseline_level": built.level, "concurrency": ways.CONCURRENCY, "cores": available_cores(),
+        "versions": {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}, "command": command,
+        "p99_bound": BOUND,
+    }  # fmt: skip
+    stem = "performance" if size == "bert-base" else f"performance-{size}"
+    write_whole(report / f"{stem}.json", json.dumps(found, indent=2) + "\n")
+    write_report(found, report, stem)
+    stages.finish()
+    show.output.print_json(data=found["ratios"])
+
+
+class _Bench:
+    def __init__(self, built: Built, size: Size, seconds: float, rounds: int, stages: Stages, report: Path) -> None:
+        self._built = built
+        self._size = size
+        self._seconds = seconds
+        self._rounds = rounds
+        self._stages = stages
+        self._report = report
+        self._mixed = texts.mixed(built.tokenizer, TEXTS)
+
+    def run(self) -> dict[str, Any]:
+        """Return all that was found, as JSON takes it."""
+        get = self._stages.get
+        found: dict[str, Any] = {"scheduling": {}}
+        for way in ("ours", "ours_int8", "today", "paper"):
+            found["scheduling"][way] = get(f"scheduling of {way}", partial(self._scheduling, way))
+        for way in ("folding", "segments", "ragged"):  # as what they are a part of
+            repository = self._built.repositories[way]
+            same = Scheduling.model_validate(found["scheduling"]["ours" if way == "ragged" else "paper"])
+            ways.tunable(repository).write(same)
+        found["workers"] = get("workers of the Python server", self._workers)
+        rates = get("rounds", lambda: self._turns(found["workers"]))
+        found["texts_per_second"] = {name: summary(own, 2) for name, own in rates["rates"].items()}
+        found["ratios"] = _ratios(rates["rates"], rates["lengths"], rates["tails"])
+        found["tokens_per_text"] = {name: round(mean, 2) for name, mean in rates["lengths"].items()}
+        found["latency_seconds"] = rates["latency"]
+        found["steps"], found["footprint"] = rates["steps"], rates["footprint"]
+        found["ablations"] = get("ablations", self._ablations)
+        found["by_load"] = {}
+        for way in ("ours", "ours_int8", "today"):
+            top = found["texts_per_second"][way]["median"]
+            found["by_load"][way] = get(f"latency of {way}", partial(self._by_load, way, top))
+        found["perf_analyzer"] = get("perf_analyzer", lambda: self._perf_analyzer(found["texts_per_second"]))
+        return found
+
+    def _say(self, line: str) -> None:
+        show.messages.print(line, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _served(self, way: str) -> Iterator[TritonServer]:
+        with ways.served(self._built.repositories[way], LOGS / f"bench-{way}.log") as server:
+            yield server
+
+    def _window(self, way: str) -> float:
+        return self._seconds * (SLOW if way == "today" else 1)
+
+    def _scheduling(self, way: str) -> dict[str, Any]:
+        def report(scheduling: Scheduling, rate: float) -> None:
+            self._say(f"{way}, {scheduling}: {rate:.1f} texts/s")
+
+        with show.waiting(f"looking for the fastest scheduling: {way}"):
+            log = LOGS / f"bench-{way}.log"
+            best = ways.fastest_scheduling(self._built.repositories[way], self._mixed, self._window(way), log, report)
+        return best.model_dump()
+
+    def _python(self, workers: int) -> contextlib.AbstractContextManager[Server]:
+        built = self._built
+        return python_server.running(built.base, built.branches, self._size.trunk, workers, LOGS / "bench-python.log")
+
+    def _workers(self) -> int:
+        rates = {}
+        for workers in WORKERS:
+            with show.waiting(f"Python server, {workers} workers"), self._python(workers) as server:
+                rates[workers] = closed_loop(server, self._mixed, ways.CONCURRENCY, self._seconds).rate
+            self._say(f"python, {workers} workers: {rates[workers]:.1f} texts/s")
+        return max(rates, key=lambda workers: rates[workers])
+
+    # --- rounds -------------------------------------------------------------------------------------------------------
+
+    def _turns(self, workers: int) -> dict[str, Any]:
+        built, mixed, seconds = self._built, self._mixed, self._seconds
+        fixed = texts.fixed(built.tokenizer, TEXTS)
+        padded = texts.padded(built.tokenizer, TEXTS, ways.BUCKETS)
+        rates: dict[str, list[float]] = {}
+        unloaded, half_load = list[Window](), list[Window]()
+        footprint: dict[str, dict[str, float]] = {}
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, TritonServer] = {}
+            for way in ("ours", "ours_int8", "today", "paper"):
+                with show.waiting(f"starting {way}"):
+                    began = time.perf_counter()
+                    servers[way] = stack.enter_context(self._served(way))
+                    footprint[way] = {"start_seconds": round(time.perf_counter() - began, 1)}
+            python = stack.enter_context(self._python(workers))
+
+            def load(server: Server, some: list[str] = mixed, seconds: float = seconds) -> float:
+                return closed_loop(server, some, ways.CONCURRENCY, seconds).rate
+
+            def asked(way: str, tasks: tuple[str, ...] = ways.TASKS) -> Asked:
+                return Asked(servers[way].grpc_url, ENSEMBLE, tasks)
+
+            plan: dict[str, Callable[[], float]] = {
+                "ours": lambda: load(asked("ours")),
+                "today": lambda: load(asked("today"), seconds=self._window("today")),
+                "ours_fixed": lambda: load(asked("ours"), fixed),
+                "ours_padded": lambda: load(asked("ours"), padded),
+                "ours_one_task": lambda: load(asked("ours", DEEP)),
+                "ours_shallow": lambda: load(asked("ours", ALONE)),
+                "ours_int8": lambda: load(asked("ours_int8")),
+                "bound": lambda: bound.best(built.repositories["ours"], built.tokenizer, mixed, ways.TASKS, seconds),
+                "paper": lambda: load(asked("paper")),
+                "python": lambda: load(python),
+            }
+            for number in range(self._rounds):
+                for name, window in plan.items():
+                    with show.waiting(f"round {number + 1} of {self._rounds}: {name}"):
+                        rates.setdefault(name, []).append(window())
+                    self._say(f"{number + 1}/{self._rounds} {name}: {rates[name][-1]:.1f} texts/s")
+                with show.waiting(f"round {number + 1} of {self._rounds}: latency"):
+                    unloaded.append(closed_loop(asked("ours"), mixed, 1, UNLOADED))
+                    half_load.append(open_loop(asked("ours"), mixed, rates["ours"][-1] / 2, HALF_LOAD, seed=number))
+            for way, server in servers.items():
+                assert server.pid is not None
+                footprint[way]["memory_mib"] = round(memory(server.pid))
+            before = statistics(servers["ours"].grpc_url)
+            load(asked("ours"))
+            stats = steps(before, statistics(servers["ours"].grpc_url))
+        rust = Tokenizer.from_str(built.tokenizer)
+        return {
+            "rates": rates,
+            "lengths": {
+                name: sum(len(encoding.ids) for encoding in rust.encode_batch(some)) / len(some)
+                for name, some in (("mixed", mixed), ("fixed", fixed))
+            },
+            "tails": [h.percentile(99) / u.percentile(99) for h, u in zip(half_load, unloaded, strict=True)],
+            "latency": {
+                name: {f"p{percent}": round(median(w.percentile(percent) for w in windows), 4) for percent in (50, 99)}
+                for name, windows in (("unloaded", unloaded), ("half_load", half_load))
+            },
+            "steps": stats,
+            "footprint": footprint,
+        }
+
+    def _ablations(self) -> dict[str, dict[str, Any]]:
+        rates: dict[str, dict[str, list[float]]] = {way: {name: [] for name in ASKED} for way in ABLATIONS}
+        with contextlib.ExitStack() as stack:
+            urls = {way: stack.enter_context(self._served(way)).grpc_url for way in ABLATIONS}
+            for number in range(self._rounds):
+                for name, tasks in ASKED.items():
+                    for way, url in urls.items():
+                        with show.waiting(f"ablations, round {number + 1} of {self._rounds}: {way}, {name}"):
+                            asked = Asked(url, ENSEMBLE, tasks)
+                            rate = closed_loop(asked, self._mixed, ways.CONCURRENCY, self._seconds).rate
+                        rates[way][name].append(rate)
+                        self._say(f"{number + 1}/{self._rounds} {way}, {name}: {rate:.1f} texts/s")
+        return {way: {name: summary(values, 2) for name, values in own.items()} for way, own in rates.items()}
+
+    # --- latency ------------------------------------------------------------------------------------------------------
+
+    def _by_load(self, way: str, top: float) -> dict[str, Any]:
+        loads: list[dict[str, float]] = []
+        with self._served(way) as server:
+            asked = Asked(server.grpc_url, ENSEMBLE, ways.TASKS)
+            closed_loop(asked, self._mixed, ways.CONCURRENCY, self._seconds / 2)
+            for number, part in enumerate(LOADS):
+                with show.waiting(f"latency of {way} at {part:.0%} of its highest rate"):
+                    window = open_loop(asked, self._mixed, part * top, 2 * self._window(way), seed=number)
+                p50, p99 = window.percentile(50), window.percentile(99)
+                loads.append({"part": part, "rate": part * top, "p50": p50, "p99": p99})
+                self._say(f"{way} at {part:.0%}: P50 {1000 * p50:.0f} ms, P99 {1000 * p99:.0f} ms")
+            with show.waiting(f"highest rate of {way} with P99 within {BOUND:g} s"):
+                rate, _ = highest_rate(asked, self._mixed, BOUND, top, 2 * self._window(way), steps=4)
+            self._say(f"{way}: {rate:.1f} texts/s with P99 within {BOUND:g} s")
+        return {"loads": loads, "highest_rate": rate}
+
+    def _perf_analyzer(self, rates: dict[str, Any]) -> dict[str, Any]:
+        try:
+            with show.waiting("installing perf_analyzer"):
+                binary = perf_analyzer.install()
+        except ServerError as error:
+            self._say(str(error))
+            return {"missing": str(error)}
+        found: dict[str, Any] = {}
+        for way, requests in (("ours", 200), ("today", 40)):
+            top = rates[way]["median"]
+            sweeps = {
+                "concurrency": ["--concurrency-range", "1:16:5"],
+                "poisson": [
+                    "--request-rate-range", f"{top / 4:.2f}:{3 * top / 4:.2f}:{top / 4:.2f}",
+                    "--request-distribution", "poisson",
+                ],
+            }  # fmt: skip
+            with self._served(way) as server:
+                for name, load in sweeps.items():
+                    to = self._report / "perf_analyzer" / f"{self._size.name.lower()}-{way}-{name}.csv"
+                    with show.waiting(f"perf_analyzer: {way}, {name}"):
+                        found.setdefault(way, {})[name] = perf.sweep(
+                            binary, server.grpc_url, self._mixed, load, requests, to
+                        )
+                    self._say(f"perf_analyzer wrote {to}")
+        return found
+
+
+def _ratios(rates: dict[str, list[float]], lengths: dict[str, float], tails: list[float]) -> dict[str, Any]:
+    """Return the ratios of windows of the same round: the median, and the range over the rounds."""
+
+    def ratio(value: Callable[..., float], *names: str) -> dict[str, Any]:
+        return summary([value(*row) for row in zip(*(rates[name] for name in names), strict=True)], 4)
+
+    def saved(ours: float, other: float) -> float:
+        return 1 - other / ours
+
+    tokens = lengths["mixed"] / lengths["fixed"]
+    more = len(ways.TASKS) - 1
+    return {
+        "cost_reduction": ratio(saved, "ours", "today"),
+        "int8_cost_reduction": ratio(saved, "ours_int8", "today"),
+        "paper_cost_reduction": ratio(saved, "paper", "today"),
+        "cost_reduction_against_paper": ratio(saved, "ours", "paper"),
+        "cost_reduction_against_python": ratio(saved, "ours", "python"),
+        "marginal_task": ratio(lambda ours, one: (1 - ours / one) / more, "ours", "ours_one_task"),
+        "ensemble_over_bound": ratio(lambda ours, bound: ours / bound, "ours", "bound"),
+        "mixed_over_fixed": ratio(lambda ours, fixed: tokens * ours / fixed, "ours", "ours_fixed"),
+        "shallow_over_all": ratio(lambda ours, alone: ours / alone, "ours", "ours_shallow"),
+        "int8_over_fp32": ratio(lambda int8, ours: int8 / ours, "ours_int8", "ours"),
+        "p99_half_load_over_unloaded": summary(tails, 4),
+        "ragged_over_padded": ratio(lambda ours, padded: ours / padded, "ours", "ours_padded"),
+        "gpu": None,
+    }
