@@ -403,6 +403,7 @@ def serve(
     from serving.triton import TritonServer
 
     store = _live(repository, live)
+    show.scheduling(repository)
     server = TritonServer(
         store.models, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port,
         metrics_port=metrics_port, ready_model=None, model_control="explicit",
@@ -816,6 +817,10 @@ def _options(
     pass
 
 
+OURS = ("espalier", "clients", "training", "export", "serving", "benchmarks")
+"""Packages of the project itself: one that is missing is a defect, not an extra."""
+
+
 def main() -> None:
     """Run the command line; an error of ours is one sentence on standard error and exit status 1."""
     try:
@@ -825,9 +830,10 @@ def main() -> None:
         sys.exit(1)
     except ModuleNotFoundError as error:
         # The base install is the client; the other commands live in extras.
-        if (error.name or "").partition(".")[0] in ("espalier", "clients", "training", "export", "serving"):
+        if (error.name or "").partition(".")[0] in OURS:
             raise
-        show.error(f"this command needs the Python package {error.name!r}: pip install 'espalier[train,export,serve]'")
+        install = "pip install 'espalier[train,export,serve,bench]'"
+        show.error(f"this command needs the Python package {error.name!r}: {install}")
         sys.exit(1)
 
 

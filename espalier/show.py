@@ -14,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from espalier.contract import FolderStatus, HeadInfo, StatusFile, Structure, head_name, task_of
+from espalier.errors import ContractError
+from espalier.repository import Repository
+from espalier.scheduling import available_cores
 
 if TYPE_CHECKING:
     from clients import Answer, Answers, Span
@@ -218,6 +221,20 @@ def history(states: "Sequence[State]") -> None:
     output.print(table)
 
 
+def scheduling(repository: Path) -> None:
+    """Say so if the trunk of a repository is not scheduled for the cores of this machine."""
+    try:
+        found = Repository(repository).scheduling()
+    except ContractError:  # whoever loads it says what is wrong
+        return
+    cores = available_cores()
+    if found is not None and found.threads * found.instances != cores:
+        messages.print(
+            f"The trunk runs as {found}; this machine has {cores} cores: `espalier tune` fits it.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def serving(server: "TritonServer", heads: Sequence[HeadInfo], status: StatusFile) -> None:
     """Say that the server is up, and how to reach it."""
     tasks(heads, status)
@@ -241,14 +258,14 @@ def tuning(trial: "Trial") -> None:
 def tuned(done: "Tuned", repository: Path) -> None:
     """Print what tuning found: before and after."""
     table = Table(
-        "", "threads × instances", "batch", "delay", "texts/s", "P50", "P99", "at most",
+        "", "instances × threads", "batch", "delay", "texts/s", "P50", "P99", "at most",
         title=f"{repository}, P99 up to {1000 * done.bound:.0f} ms", title_justify="left",
     )  # fmt: skip
     for name, trial in (("before", done.before), ("after", done.after)):
         own = trial.scheduling
         table.add_row(
             name,
-            f"{own.threads} × {own.instances}",
+            f"{own.instances} × {own.threads}",
             str(own.batch or "all"),
             f"{own.delay / 1000:g} ms",
             *_trial(trial),

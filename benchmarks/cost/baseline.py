@@ -16,9 +16,10 @@ LEVELS = ("O1", "O2", "O3")
 
 def single_task(checkpoint: str, labels: int, to: Path) -> Path:
     """Write what fine-tuning would leave, with a random output layer; return its folder."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging, set_seed
 
     if not (to / "tokenizer.json").is_file():  # written last
+        logging.set_verbosity_error()  # that the output layer is random is known
         set_seed(0)
         AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=labels).save_pretrained(to)
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(to)

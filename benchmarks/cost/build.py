@@ -9,7 +9,7 @@ from benchmarks.cost import baseline, padded, padded_tokenizer, ways
 from benchmarks.cost.checkpoint import Size, checkpoint
 from benchmarks.untrained import LABELS
 from espalier.contract import Target
-from espalier.encoder import load_base
+from espalier.encoder import load_base, resolve
 from espalier.files import digest, write_whole
 from espalier.scheduling import available_cores
 
@@ -38,7 +38,7 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
         ways.ours(base, size, target, branches, repositories[way])  # what is up to date stays
 
     report("today's way, with optimum")
-    single = baseline.single_task(name, len(LABELS), folder / "single")
+    single = baseline.single_task(resolve(name), len(LABELS), folder / "single")
     models = {level: baseline.optimized(single, level) for level in baseline.LEVELS}
     # The levels take turns in one process, once: which is fastest does not change from run to run but by chance.
     chosen = folder / "single" / "fastest"

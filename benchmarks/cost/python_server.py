@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
+import litserve
+import torch
 import typer
+from tokenizers import Tokenizer
 
+from espalier.branch import load_branch
+from espalier.encoder import load_base
 from espalier.errors import ServerError
 from espalier.scheduling import available_cores
 from serving.triton import free_ports
@@ -90,51 +95,60 @@ def _answers(port: int) -> bool:
         return False
 
 
+class MultiTask(litserve.LitAPI):  # type: ignore[misc]
+    """The model: texts in, probabilities by task out."""
+
+    def __init__(self, base: str, tap: int, branches: Sequence[Path], threads: int) -> None:
+        super().__init__(max_batch_size=BATCH, batch_timeout=WAIT)
+        self._base = base
+        self._tap = tap
+        self._branches = branches
+        self._threads = threads
+
+    def setup(self, device: str) -> None:
+        """Load everything, in the worker."""
+        torch.set_num_threads(self._threads)
+        loaded = load_base(self._base)
+        self._encoder = loaded.encoder
+        self._tokenizer = Tokenizer.from_str(loaded.tokenizer)
+        self._tokenizer.enable_truncation(loaded.max_length)
+        self._tokenizer.enable_padding()
+        self._heads = {folder.name: load_branch(folder)[0] for folder in self._branches}
+
+    def decode_request(self, request: dict[str, Any], **_: Any) -> str:
+        """Return the text of a request."""
+        return str(request["text"])
+
+    def batch(self, inputs: list[str]) -> list[str]:
+        """Return the texts as they are: they are padded once they are tokens."""
+        return inputs
+
+    def predict(self, texts: list[str], **_: Any) -> list[dict[str, list[float]]]:
+        """Return the probabilities by task of each text."""
+        encodings = self._tokenizer.encode_batch(texts)
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        types = torch.tensor([encoding.type_ids for encoding in encodings])
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings]).bool()
+        with torch.inference_mode():
+            hidden = self._encoder(ids, types, mask, self._tap)
+            found = {task: head.answer(hidden, mask).tolist() for task, head in self._heads.items()}
+        return [{task: rows[at] for task, rows in found.items()} for at in range(len(texts))]
+
+    def unbatch(self, output: list[dict[str, list[float]]]) -> list[dict[str, list[float]]]:
+        """Return the answers one by one."""
+        return output
+
+    def encode_response(self, output: dict[str, list[float]], **_: Any) -> dict[str, list[float]]:
+        """Return what becomes JSON."""
+        return output
+
+
 def serve(
     base: str, tap: int, port: int, branches: list[Path],
     workers: Annotated[int, typer.Option(help="Processes; the cores are shared out among them.")] = 1,
 ) -> None:  # fmt: skip
     """Serve the branches on 127.0.0.1 until the process is ended."""
-    import litserve
-    import torch
-    from tokenizers import Tokenizer
-
-    from espalier.branch import load_branch
-    from espalier.encoder import load_base
-
-    class MultiTask(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            torch.set_num_threads(max(1, available_cores() // workers))
-            loaded = load_base(base)
-            self.encoder = loaded.encoder
-            self.tokenizer = Tokenizer.from_str(loaded.tokenizer)
-            self.tokenizer.enable_truncation(loaded.max_length)
-            self.tokenizer.enable_padding()
-            self.heads = {folder.name: load_branch(folder)[0] for folder in branches}
-
-        def decode_request(self, request: dict[str, Any], **_: Any) -> str:
-            return str(request["text"])
-
-        def batch(self, inputs: list[str]) -> list[str]:
-            return inputs
-
-        def predict(self, texts: list[str], **_: Any) -> list[dict[str, list[float]]]:
-            encodings = self.tokenizer.encode_batch(texts)
-            ids = torch.tensor([encoding.ids for encoding in encodings])
-            types = torch.tensor([encoding.type_ids for encoding in encodings])
-            mask = torch.tensor([encoding.attention_mask for encoding in encodings]).bool()
-            with torch.inference_mode():
-                hidden = self.encoder(ids, types, mask, tap)
-                found = {task: head.answer(hidden, mask).tolist() for task, head in self.heads.items()}
-            return [{task: rows[at] for task, rows in found.items()} for at in range(len(texts))]
-
-        def unbatch(self, output: list[dict[str, list[float]]]) -> list[dict[str, list[float]]]:
-            return output
-
-        def encode_response(self, output: dict[str, list[float]], **_: Any) -> dict[str, list[float]]:
-            return output
-
-    api = MultiTask(max_batch_size=BATCH, batch_timeout=WAIT)
+    api = MultiTask(base, tap, branches, max(1, available_cores() // workers))
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers, timeout=TIMEOUT)
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
 

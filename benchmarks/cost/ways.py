@@ -33,6 +33,7 @@ PADDED = "padded_tokenizer"
 IDS = ("input_ids", "token_type_ids", "attention_mask")
 CONCURRENCY = 32
 """Requests under way where throughput is measured."""
+DELAY = 4_000  # µs
 FIRST = Scheduling(threads=available_cores(), instances=1, batch=0, delay=0)
 """What a way has before its fastest scheduling is looked for: one instance of each model, a thread per core."""
 
@@ -111,8 +112,15 @@ def fastest_scheduling(
     """Try a few schedulings with CONCURRENCY requests under way, keep the fastest in the repository, and return it."""
     models = tunable(repository)
     cores = available_cores()
-    shapes = dict.fromkeys([(cores, 1), (max(1, cores // 2), min(2, cores)), (1, 1)])
-    tries = [Scheduling(threads=t, instances=i, batch=batch, delay=0) for t, i in shapes for batch in (0, 8)]
+    whole = Scheduling(threads=cores, instances=1, batch=0, delay=0)
+    halves = Scheduling(threads=max(1, cores // 2), instances=min(2, cores), batch=0, delay=0)
+    eight = {"batch": 8}
+    tries = dict.fromkeys(
+        [
+            whole, whole.model_copy(update=eight), halves, halves.model_copy(update=eight),
+            halves.model_copy(update={**eight, "delay": DELAY}), Scheduling(threads=1, instances=1, batch=0, delay=0),
+        ]
+    )  # fmt: skip
     rates: dict[Scheduling, float] = {}
     for scheduling in filter(models.fits, tries):
         with models.copy(scheduling) as folder, served(folder, log) as server:
