@@ -109,12 +109,10 @@ def write_repository(branches: list[Path]) -> None:
 def serve_and_ask() -> None:
     """Start Triton on free ports, ask it over gRPC and over HTTP, show the answers, stop it."""
     from serving.preflight import check_repository
-    from serving.triton import TritonServer, free_ports
+    from serving.triton import on_free_ports
 
     heads = check_repository(REPOSITORY)
-    http, grpc, metrics = free_ports(3)
-    server = TritonServer(REPOSITORY, log_file=LOG, http_port=http, grpc_port=grpc, metrics_port=metrics)
-    with show.waiting("starting tritonserver") as status, server:
+    with show.waiting("starting tritonserver") as status, on_free_ports(REPOSITORY, LOG) as server:
         status.stop()
         show.output.print(
             f"tritonserver is ready: gRPC {server.grpc_url}, HTTP {server.http_url}, log {LOG}", soft_wrap=True

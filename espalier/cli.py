@@ -476,7 +476,7 @@ def tune(
 
     chosen = tunable(repository, task or ())
     asked = texts_to_ask(repository, texts)
-    with show.waiting("tuning") as status:
+    with _told_if_stopped("what was tried is kept: the same command goes on"), show.waiting("tuning") as status:
         tuner = Tuner(
             chosen, asked, 60 * budget, p99 / 1000 if p99 else None, seconds, show.tuning,
             lambda scheduling: status.update(f"trying {scheduling}"),
@@ -499,7 +499,8 @@ def bench(
     """Measure what serving costs against today's way; writes the report. Nothing else should run meanwhile."""
     from benchmarks.cost.bench import bench as run
 
-    run(size, seconds, rounds, home, report)
+    with _told_if_stopped("what is finished is kept: the same command goes on"):
+        run(size, seconds, rounds, home, report)
 
 
 @app.command(epilog="Example: `espalier history`")

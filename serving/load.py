@@ -18,10 +18,11 @@ import numpy as np
 import tritonclient.grpc as triton
 from hdrh.histogram import HdrHistogram
 from tritonclient.grpc import aio
+from tritonclient.utils import InferenceServerException
 
 from espalier.channel import CHANNEL_ARGUMENTS
 from espalier.contract import TEXT
-from espalier.errors import ServerError
+from espalier.errors import ServerError, one_line
 
 LONGEST = 600_000_000  # µs, the most that a histogram holds
 OUTSTANDING = 512
@@ -30,6 +31,10 @@ OUTSTANDING = 512
 
 def _histogram() -> HdrHistogram:
     return HdrHistogram(1, LONGEST, 3)
+
+
+class OverloadError(ServerError):
+    """The server does not keep up with an open-loop load."""
 
 
 class Asker(Protocol):
@@ -94,10 +99,13 @@ class TritonAsker:
         self._outputs = [triton.InferRequestedOutput(name) for name in asked.outputs]
 
     async def ask(self, text: str) -> None:
-        """Ask about a text; raise tritonclient's exception if it is not answered in full."""
+        """Ask about a text; raise ServerError if it is not answered in full."""
         tensor = triton.InferInput(TEXT, [1, 1], "BYTES")
         tensor.set_data_from_numpy(np.array([[text.encode()]], np.object_))
-        result = await self._client.infer(self._asked.model, [tensor], outputs=self._outputs)
+        try:
+            result = await self._client.infer(self._asked.model, [tensor], outputs=self._outputs)
+        except InferenceServerException as error:
+            raise ServerError(f"{self._asked.model} gave no answer under load: {one_line(error)}") from error
         for name in self._asked.outputs:
             if result.as_numpy(name) is None:
                 raise ServerError(f"{self._asked.model} left out {name!r}, which was asked")
@@ -142,7 +150,7 @@ async def _closed_loop(asked: Server, texts: Sequence[str], concurrency: int, se
 
         window.seconds = seconds
         await asyncio.gather(*(work() for _ in range(concurrency)))
-    return window
+    return _answered(window)
 
 
 def highest_rate(
@@ -158,7 +166,7 @@ def highest_rate(
         rate = (low + high) / 2
         try:
             window = open_loop(asked, texts, rate, seconds, seed=step)
-        except ServerError:  # it does not keep up
+        except OverloadError:
             high = rate
             continue
         if window.percentile(99) <= bound:
@@ -172,9 +180,13 @@ def open_loop(asked: Server, texts: Sequence[str], rate: float, seconds: float, 
     """Send texts at random moments, `rate` a second on average (a Poisson process), whether answers came or not.
 
     Latency counts from the moment at which a text was to be sent, not from that at which it was: a server that stalls
-    makes those that wait behind late as well. Raises ServerError if the server does not keep up.
+    makes those that wait behind late as well. Raises OverloadError if the server does not keep up, ServerError if it
+    fails.
     """
-    return asyncio.run(_open_loop(asked, texts, rate, seconds, seed))
+    try:
+        return asyncio.run(_open_loop(asked, texts, rate, seconds, seed))
+    except ExceptionGroup as group:  # of the task group, all for one reason
+        raise group.exceptions[0] from None
 
 
 async def _open_loop(asked: Server, texts: Sequence[str], rate: float, seconds: float, seed: int) -> Window:
@@ -197,5 +209,12 @@ async def _open_loop(asked: Server, texts: Sequence[str], rate: float, seconds: 
             group.create_task(send(due))
             sent += 1
     if overrun:  # told once all is answered: to cancel a request ends the embedded Triton
-        raise ServerError(f"{OUTSTANDING} requests wait: the server does not keep up with {rate:g} texts/s")
+        raise OverloadError(f"{OUTSTANDING} requests wait: the server does not keep up with {rate:g} texts/s")
+    return _answered(window)
+
+
+def _answered(window: Window) -> Window:
+    """Return the window; raise ServerError if nothing was answered in it: there is nothing to tell by it."""
+    if window.texts == 0:
+        raise ServerError("no text was answered within a window of load; make windows longer (--seconds)")
     return window

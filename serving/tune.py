@@ -94,24 +94,15 @@ class Tunable:
 
     @contextmanager
     def copy(self, scheduling: Scheduling) -> Iterator[Path]:
-        """Yield a copy of the repository under `scheduling`; its files are links, but for the configs.
-
-        Raises ServerError if there is no place for it beside the repository.
-        """
-        home = self.repository.resolve()
-        try:
-            folder = Path(tempfile.mkdtemp(prefix=f".{home.name}.tune.", dir=home.parent))
-        except OSError as error:
-            raise ServerError(f"{home.parent} cannot be written, where copies are tried: {error.strerror}") from error
-        try:
-            for model in home.iterdir():
+        """Yield a copy of the repository under `scheduling`; its files are links, but for the configs."""
+        with tempfile.TemporaryDirectory(prefix="espalier-tune-") as temporary:
+            folder = Path(temporary)
+            for model in self.repository.iterdir():
                 if model.is_dir():
                     to, ignored = folder / model.name, shutil.ignore_patterns(".*")
                     shutil.copytree(model, to, copy_function=_link, ignore=ignored)
             _schedule(folder, self.models, scheduling)
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -178,8 +169,17 @@ class Tuner:
     def run(self) -> Tuned:
         """Return what is best; it is written into the repository if it beats what is deployed.
 
-        Raises ServerError if the repository cannot be served.
+        Raises ServerError if the repository cannot be served, or if it or the record beside it cannot be written.
         """
+        try:
+            return self._run()
+        except OSError as error:
+            raise ServerError(
+                f"{error.filename or self.tunable.repository} cannot be written ({error.strerror or error}); tuning "
+                "keeps its trials beside the repository, and writes what is best into it"
+            ) from error
+
+    def _run(self) -> Tuned:
         end = time.monotonic() + self.budget
         deployed = self.tunable.scheduling
         self._record = self._read()
@@ -291,7 +291,4 @@ def _schedule(repository: Path, models: Sequence[str], scheduling: Scheduling) -
 
 
 def _link(source: str, to: str) -> None:
-    try:
-        os.link(source, to)
-    except OSError:  # a file system without links, or a link of the project's own
-        shutil.copy(source, to)
+    os.symlink(os.path.realpath(source), to)  # a hard link would touch the file, and so wake the wiring

@@ -19,7 +19,7 @@ from espalier.encoder import Base, load_base
 from espalier.spec import load_spec
 from espalier.tagging import word_starts
 from export.repository import export
-from serving.triton import TritonServer, free_ports
+from serving.triton import TritonServer, on_free_ports
 from training.data import Example, load_data, load_split
 from training.finetune import new_branch
 
@@ -103,9 +103,7 @@ def repository(base: Base, branches: dict[str, Path], tmp_path_factory: pytest.T
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
     """A real Triton that serves the tasks."""
-    http, grpc, metrics = free_ports(3)
-    log = repository.parent / "triton.log"
-    with TritonServer(repository, log_file=log, http_port=http, grpc_port=grpc, metrics_port=metrics) as running:
+    with on_free_ports(repository, repository.parent / "triton.log") as running:
         yield running
 
 

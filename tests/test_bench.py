@@ -1,17 +1,19 @@
 """The bench: texts of the wanted lengths, load on a real Triton, ratios and their report."""
 
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHALLOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from benchmarks import summary
-from benchmarks.cost import padded, perf
+from benchmarks.cost import padded, perf, python_server
 from benchmarks.cost.bench import _ratios
 from benchmarks.cost.footprint import memory, statistics, steps
 from benchmarks.cost.report import write_report
@@ -153,6 +155,19 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
     for picture in ("performance.png", "performance-latency.png"):
         assert (tmp_path / picture).stat().st_size > 1000
         assert picture in page
+
+
+@pytest.mark.server
+def test_the_python_server_answers_and_leaves_no_process(base: Base, branches: dict[str, Path], tmp_path: Path) -> None:
+    chosen = [branches["intent"], branches["urgency"]]
+    with python_server.running(base.name, chosen, SHALLOW, 2, tmp_path / "python.log") as server:
+        assert closed_loop(server, ["one text", "and a longer other one"], 4, 0.5).texts > 0
+        os.killpg(server.pid, 0)
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:  # the dead are gone once they are reaped
+            os.killpg(server.pid, 0)
+            time.sleep(0.1)
 
 
 def test_perf_analyzers_table_is_read() -> None:

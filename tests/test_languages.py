@@ -23,7 +23,7 @@ from espalier.spec import load_spec
 from espalier.tagging import decode, word_starts
 from export.repository import export
 from export.tokenizer_model import TextEncoder
-from serving.triton import TritonServer, free_ports
+from serving.triton import on_free_ports
 from training.data import load_data
 from training.features import featurize
 from training.finetune import train
@@ -194,13 +194,9 @@ def served(chinese: tuple[Base, dict[str, Path], dict[str, Path]]) -> Iterator[t
     """A client of a real Triton that serves the Chinese tasks, and plain PyTorch to compare with."""
     base, _, branches = chinese
     repository = branches["intent"].parent.parent / "model_repository"
-    export(list(branches.values()), repository, threads=1, load=lambda name, revision: base)
-    http, grpc, metrics = free_ports(3)
+    export(list(branches.values()), repository, scheduling={"threads": 1}, load=lambda name, revision: base)
     log = repository.parent / "triton.log"
-    with (
-        TritonServer(repository, log_file=log, http_port=http, grpc_port=grpc, metrics_port=metrics) as server,
-        Client(server.grpc_url) as client,
-    ):
+    with on_free_ports(repository, log) as server, Client(server.grpc_url) as client:
         yield client, Reference(base, branches)
 
 

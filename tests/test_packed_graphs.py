@@ -1,6 +1,8 @@
 """Packing and folding are exact: the ONNX graphs equal plain PyTorch for any mix of lengths and sizes."""
 
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -233,3 +235,20 @@ def test_a_wrong_graph_is_refused() -> None:
         other.layers[1].down.bias[0] += 0.1  # one unit: LayerNorm would take back a shift of all
     with pytest.raises(ExportError, match=r"trunk_0_3: the exported graph differs from PyTorch by \d"):
         compare_segment(segment_model(other, 0, 3, Target.CPU), "trunk_0_3", trunk, 0, 3, Target.CPU)
+
+
+def test_onnx_runtime_fuses_what_it_can(tmp_path: Path) -> None:
+    """Each product with its bias, each GELU: counted in the graph that it runs, on the CPU."""
+    trunk = encoder(hidden=64)
+    branch = branch_of(trunk, Kind.CLASSIFICATION, 1, 3)
+    for layers, products, content in (
+        (2, 12, segment_model(trunk, 1, 3, Target.CPU)),  # query, key, value, output, up, down of each layer
+        (1, 5, head_model(branch, "task", Target.CPU)),  # query, output, up, down, and the output layer
+    ):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(content, options)
+        counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+        assert (counts["Gemm"], counts["Gelu"], counts["Erf"]) == (products, layers, 0)
+        assert counts["LayerNormalization"] == 2 * layers

@@ -59,7 +59,18 @@ def test_the_best_of_all_settings_is_found_and_written(tuner: Callable[..., Tune
     assert heads == {path: (path / "config.pbtxt").read_bytes() for path in own.glob("head_*")}
     assert {(one.threads, one.instances) for one in asked} == {(2, 1), (1, 4), (2, 2), (4, 1), (4, 2)}
     assert asked[-4:] == [before, best] * 2, "in the end what was deployed and what is best take turns"
-    assert not list(own.parent.glob(".models.tune.*")), "no copy stays behind"
+
+
+def test_a_copy_is_scheduled_and_leaves_the_repository_alone(own: Path) -> None:
+    chosen = tunable(own, ())
+    files = [path for path in own.rglob("*") if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_ctime_ns) for path in files}
+    other = chosen.scheduling.model_copy(update={"threads": 1, "instances": 2, "delay": 700})
+    with chosen.copy(other) as folder:
+        assert {Scheduling.read(read_config(path)) for path in folder.glob("trunk_*")} == {other}
+        assert {path.name for path in folder.iterdir()} == {path.name for path in own.iterdir() if path.is_dir()}
+    assert not folder.exists()
+    assert before == {path: (path.read_bytes(), path.stat().st_ctime_ns) for path in files}, "a wiring sees no change"
 
 
 def test_nothing_is_written_where_nothing_is_faster(tuner: Callable[..., Tuner], own: Path) -> None:

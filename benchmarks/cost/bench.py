@@ -47,6 +47,8 @@ BOUND = 1.0
 """Seconds of P99 within which the highest rate is looked for."""
 WORKERS = (1, 2)
 """Processes of the Python server that are tried."""
+PERF_REQUESTS = {"ours": 200, "today": 40}
+"""Requests in a window of perf_analyzer, by way."""
 ABLATIONS = ("paper", "folding", "segments", "ragged", "ours")
 ASKED = {"all": ways.TASKS, "deep": DEEP, "shallow": ALONE}
 LOGS = Path("logs")
@@ -58,7 +60,10 @@ def bench(size: Literal["bert-base", "minilm"], seconds: float, rounds: int, hom
     with show.waiting("building what is compared") as status:
         built = build(chosen, home, lambda what: status.update(f"building: {what}"))
     command = f"espalier bench --size {size} --seconds {seconds:g} --rounds {rounds}"
-    stages = Stages(home / f"{chosen.name}.json", f"{command}, {available_cores()} cores, {built.level}")
+    stages = Stages(
+        home / f"{chosen.name}.json",
+        f"{command}, {available_cores()} cores, ONNX Runtime {onnxruntime.__version__}, {built.digest}",
+    )
     found = _Bench(built, chosen, seconds, rounds, stages, report).run()
     found |= {
         "size": chosen.name, "trunk_layers": chosen.trunk, "shallow_layers": chosen.shallow,
@@ -89,10 +94,10 @@ class _Bench:
         found: dict[str, Any] = {"scheduling": {}}
         for way in ("ours", "ours_int8", "today", "paper"):
             found["scheduling"][way] = get(f"scheduling of {way}", partial(self._scheduling, way))
-        for way in ("folding", "segments", "ragged"):  # as what they are a part of
-            repository = self._built.repositories[way]
-            same = Scheduling.model_validate(found["scheduling"]["ours" if way == "ragged" else "paper"])
-            ways.tunable(repository).write(same)
+        for way, repository in self._built.repositories.items():
+            # The parts alone are scheduled as what they are a part of.
+            same = {"folding": "paper", "segments": "paper", "ragged": "ours"}.get(way, way)
+            ways.tunable(repository).write(Scheduling.model_validate(found["scheduling"][same]))
         found["workers"] = get("workers of the Python server", self._workers)
         rates = get("rounds", lambda: self._turns(found["workers"]))
         found["texts_per_second"] = {name: summary(own, 2) for name, own in rates["rates"].items()}
@@ -156,7 +161,10 @@ class _Bench:
                     began = time.perf_counter()
                     servers[way] = stack.enter_context(self._served(way))
                     footprint[way] = {"start_seconds": round(time.perf_counter() - began, 1)}
-            python = stack.enter_context(self._python(workers))
+
+            def python() -> float:
+                with self._python(workers) as server:  # its idle workers would take from the others' cores
+                    return load(server)
 
             def load(server: Server, some: list[str] = mixed, seconds: float = seconds) -> float:
                 return closed_loop(server, some, ways.CONCURRENCY, seconds).rate
@@ -174,7 +182,7 @@ class _Bench:
                 "ours_int8": lambda: load(asked("ours_int8")),
                 "bound": lambda: bound.best(built.repositories["ours"], built.tokenizer, mixed, ways.TASKS, seconds),
                 "paper": lambda: load(asked("paper")),
-                "python": lambda: load(python),
+                "python": python,
             }
             for number in range(self._rounds):
                 for name, window in plan.items():
@@ -242,27 +250,25 @@ class _Bench:
         try:
             with show.waiting("installing perf_analyzer"):
                 binary = perf_analyzer.install()
-        except ServerError as error:
+            return {way: self._sweeps(binary, way, rates[way]["median"]) for way in PERF_REQUESTS}
+        except ServerError as error:  # the report says so
             self._say(str(error))
             return {"missing": str(error)}
-        found: dict[str, Any] = {}
-        for way, requests in (("ours", 200), ("today", 40)):
-            top = rates[way]["median"]
-            sweeps = {
-                "concurrency": ["--concurrency-range", "1:16:5"],
-                "poisson": [
-                    "--request-rate-range", f"{top / 4:.2f}:{3 * top / 4:.2f}:{top / 4:.2f}",
-                    "--request-distribution", "poisson",
-                ],
-            }  # fmt: skip
-            with self._served(way) as server:
-                for name, load in sweeps.items():
-                    to = self._report / "perf_analyzer" / f"{self._size.name.lower()}-{way}-{name}.csv"
-                    with show.waiting(f"perf_analyzer: {way}, {name}"):
-                        found.setdefault(way, {})[name] = perf.sweep(
-                            binary, server.grpc_url, self._mixed, load, requests, to
-                        )
-                    self._say(f"perf_analyzer wrote {to}")
+
+    def _sweeps(self, binary: Path, way: str, top: float) -> dict[str, Any]:
+        poisson = f"{top / 4:.2f}:{3 * top / 4:.2f}:{top / 4:.2f}"
+        loads = {
+            "concurrency": ["--concurrency-range", "1:16:5"],
+            "poisson": ["--request-rate-range", poisson, "--request-distribution", "poisson"],
+        }
+        found = {}
+        with self._served(way) as server:
+            for name, load in loads.items():
+                to = self._report / "perf_analyzer" / f"{self._size.name.lower()}-{way}-{name}.csv"
+                with show.waiting(f"perf_analyzer: {way}, {name}"):
+                    requests = PERF_REQUESTS[way]
+                    found[name] = perf.sweep(binary, server.grpc_url, self._mixed, load, requests, to)
+                self._say(f"perf_analyzer wrote {to}")
         return found
 
 

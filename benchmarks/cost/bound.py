@@ -68,23 +68,24 @@ def best(repository: Path, tokenizer: str, texts: Sequence[str], tasks: Sequence
 def _rate(streams: Sequence[Models], batches: Sequence[Sequence[Sequence[int]]], seconds: float) -> float:
     """Let every stream take batches in turn for `seconds`; return texts per second."""
     source: Iterator[Sequence[Sequence[int]]] = itertools.cycle(batches)
-    lock, done = threading.Lock(), 0
+    lock = threading.Lock()
+    rates: list[float] = []
     for stream in streams:
         stream.run(batches[0])
     began = time.perf_counter()
 
     def work(models: Models) -> None:
-        nonlocal done
-        while time.perf_counter() - began < seconds:
+        done = 0
+        while (elapsed := time.perf_counter() - began) < seconds:
             with lock:
                 batch = next(source)
             models.run(batch)
-            with lock:
-                done += len(batch)
+            done += len(batch)
+        rates.append(done / elapsed)  # until its own end: the others may still be at their last batch
 
     threads = [threading.Thread(target=work, args=[models]) for models in streams]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return done / (time.perf_counter() - began)
+    return sum(rates)

@@ -12,6 +12,10 @@ from espalier.contract import Target
 from espalier.encoder import load_base, resolve
 from espalier.files import digest, write_whole
 from espalier.scheduling import available_cores
+from export import graph, layers, models, ragged
+
+MADE_BY = (ways, padded, padded_tokenizer, graph, layers, models, ragged)
+"""The code that makes the repositories that are compared with ours."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,12 @@ class Built:
     branches: list[Path]
     repositories: dict[str, Path]  # by way
     level: str  # of optimum
+
+    @property
+    def digest(self) -> str:
+        """Tell these models from others."""
+        models = [path for folder in self.repositories.values() for path in sorted(folder.glob("*/*/*.onnx"))]
+        return digest(*(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in models))
 
 
 def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
@@ -39,22 +49,22 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
 
     report("today's way, with optimum")
     single = baseline.single_task(resolve(name), len(LABELS), folder / "single")
-    models = {level: baseline.optimized(single, level) for level in baseline.LEVELS}
+    levels = {level: baseline.optimized(single, level) for level in baseline.LEVELS}
     # The levels take turns in one process, once: which is fastest does not change from run to run but by chance.
     chosen = folder / "single" / "fastest"
     if not chosen.is_file():
-        write_whole(chosen, baseline.fastest(models, available_cores()))
+        write_whole(chosen, baseline.fastest(levels, available_cores()))
     level = chosen.read_text()
 
     whole, both = [size.trunk], [size.shallow, size.trunk]
     others: dict[str, Callable[[Path], None]] = {
-        "today": lambda to: ways.full_models(models[level], base.tokenizer, to),
+        "today": lambda to: ways.full_models(levels[level], base.tokenizer, to),
         "paper": lambda to: ways.whole_layers(base, whole, branches, False, to),
         "folding": lambda to: ways.whole_layers(base, whole, branches, True, to),
         "segments": lambda to: ways.whole_layers(base, both, branches, False, to),
         "ragged": lambda to: ways.ragged_alone(base, size, folder / "branches_one_tap", to),
     }
-    code = digest(*(Path(str(module.__file__)).read_bytes() for module in (ways, padded, padded_tokenizer)), level)
+    code = digest(*(Path(str(module.__file__)).read_bytes() for module in MADE_BY), level)
     for way, make in others.items():
         report(way)
         repositories[way] = folder / way

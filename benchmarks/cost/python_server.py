@@ -4,6 +4,9 @@ As its documentation says to speed a server up: requests are batched (`max_batch
 share the cores. Within a batch texts are padded to the longest. Run as a command it serves until it is ended.
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +32,7 @@ from serving.triton import free_ports
 BATCH = 32
 WAIT = 0.01  # s
 START = 120.0  # s
+STOP = 10.0  # s
 TIMEOUT = 600.0  # s
 
 
@@ -37,6 +41,7 @@ class HttpServer:
     """A running server, as the load generator takes it."""
 
     port: int
+    pid: int  # of it and of the group of all that it started
 
     def connect(self) -> "HttpAsker":
         """Return a connection."""
@@ -77,14 +82,20 @@ def running(base: str, branches: Sequence[Path], tap: int, workers: int, log: Pa
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ServerError(f"the Python server did not start; see {log}")
             time.sleep(0.2)
-        yield HttpServer(port)
+        yield HttpServer(port, process.pid)
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the server and all that it started: LitServe's workers outlive a server that is told to end alone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _answers(port: int) -> bool:

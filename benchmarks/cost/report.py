@@ -44,8 +44,9 @@ def _page(found: Mapping[str, Any], stem: str) -> list[str]:
         f"# What serving costs: {found['size']}",
         "",
         f"Measured by `{found['command']}` on {found['cores']} CPU cores, ONNX Runtime "
-        f"{found['versions']['onnxruntime']}, embedded Triton. What is compared is served at the same time and takes "
-        "turns; a ratio is the median of the rounds, with their range. Absolute rates belong to one machine and day.",
+        f"{found['versions']['onnxruntime']}, embedded Triton. What a ratio compares is measured in turn, while "
+        "all of it is served; a ratio is the median of the rounds, with their range. Absolute rates belong to one "
+        "machine and day.",
         "",
         *_what(found),
         "",
@@ -86,8 +87,8 @@ def _what(found: Mapping[str, Any]) -> list[str]:
         "best in each round.",
         f"* **Texts**: mixed lengths (log-normal, 5 to 128 tokens, {found['tokens_per_text']['mixed']:.0f} on "
         f"average) unless it says otherwise, one per request, {found['concurrency']} requests under way, gRPC.",
-        "* **Scheduling**: each way has the fastest of up to six schedulings (threads, instances, batch), found by the "
-        "same trials before.",
+        "* **Scheduling**: each of these ways has the fastest of up to six schedulings (threads, instances, batch), "
+        "found before by the same trials; a part alone has that of what it is a part of.",
     ]
 
 

@@ -33,7 +33,8 @@ PADDED = "padded_tokenizer"
 IDS = ("input_ids", "token_type_ids", "attention_mask")
 CONCURRENCY = 32
 """Requests under way where throughput is measured."""
-DELAY = 4_000  # µs
+MARGIN = 1.05
+"""How much faster a scheduling must be to be taken instead of one that was tried before: less is noise."""
 FIRST = Scheduling(threads=available_cores(), instances=1, batch=0, delay=0)
 """What a way has before its fastest scheduling is looked for: one instance of each model, a thread per core."""
 
@@ -112,21 +113,19 @@ def fastest_scheduling(
     """Try a few schedulings with CONCURRENCY requests under way, keep the fastest in the repository, and return it."""
     models = tunable(repository)
     cores = available_cores()
-    whole = Scheduling(threads=cores, instances=1, batch=0, delay=0)
-    halves = Scheduling(threads=max(1, cores // 2), instances=min(2, cores), batch=0, delay=0)
-    eight = {"batch": 8}
-    tries = dict.fromkeys(
-        [
-            whole, whole.model_copy(update=eight), halves, halves.model_copy(update=eight),
-            halves.model_copy(update={**eight, "delay": DELAY}), Scheduling(threads=1, instances=1, batch=0, delay=0),
-        ]
-    )  # fmt: skip
+    halves = Scheduling.default(cores)
+    whole = halves.model_copy(update={"threads": cores, "instances": 1})
+    alone = halves.model_copy(update={"threads": 1, "instances": 1})
+    tries = dict.fromkeys(each.model_copy(update={"batch": n}) for each in (halves, whole, alone) for n in (8, 0))
     rates: dict[Scheduling, float] = {}
     for scheduling in filter(models.fits, tries):
         with models.copy(scheduling) as folder, served(folder, log) as server:
             rates[scheduling] = closed_loop(Asked(server.grpc_url, ENSEMBLE, TASKS), texts, CONCURRENCY, seconds).rate
         report(scheduling, rates[scheduling])
-    best = max(rates, key=lambda scheduling: rates[scheduling])
+    best = next(iter(rates))
+    for scheduling, rate in rates.items():
+        if rate > MARGIN * rates[best]:
+            best = scheduling
     models.write(best)
     return best
 

@@ -28,7 +28,7 @@ from espalier.spec import TaskSpec
 from export.costs import measure
 from export.plan import planned_branches
 from export.repository import export
-from serving.triton import TritonServer, free_ports
+from serving.triton import on_free_ports
 from training import selection
 from training.activations import ActivationCache
 from training.data import load_data
@@ -148,12 +148,12 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 
 def serve(repository: Path, specs: dict[str, TaskSpec], max_dev: int | None) -> dict[str, dict[str, float]]:
     """Serve the repository on the real Triton and return the dev metrics of its answers, by task."""
-    http, grpc, metrics = free_ports(3)
     scores = {}
-    server = TritonServer(
-        repository, log_file=Path("logs/glue.log"), http_port=http, grpc_port=grpc, metrics_port=metrics
-    )
-    with show.waiting("starting Triton") as status, server, Client(server.grpc_url, timeout=120.0) as client:
+    with (
+        show.waiting("starting Triton") as status,
+        on_free_ports(repository, Path("logs/glue.log")) as server,
+        Client(server.grpc_url, timeout=120.0) as client,
+    ):
         for task, spec in specs.items():
 
             def told(done: int, total: int, task: str = task) -> None:
