@@ -347,10 +347,11 @@ def export(
     repository: RepositoryPath = Path("model_repository"),
     target: Annotated[Target, typer.Option(help="cpu: FP32; int8: the CPU, 8-bit; gpu: FP16.")] = Target.CPU,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of a trunk instance (cpu, int8). [default: as deployed]")
+        int | None,
+        typer.Option(min=1, help="Threads of a trunk instance on a CPU. [default: as deployed, or half the cores]"),
     ] = None,
     instances: Annotated[
-        int | None, typer.Option(min=1, help="Instances of the trunk (cpu, int8). [default: as deployed]")
+        int | None, typer.Option(min=1, help="Instances of the trunk on a CPU. [default: as deployed, or 2]")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the branches had it.")] = None,
     candidate: Annotated[

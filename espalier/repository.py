@@ -16,12 +16,11 @@ from espalier.contract import (
     HeadInfo,
     Kind,
     Structure,
-    Target,
     TrunkInfo,
     head_name,
 )
 from espalier.errors import ContractError, FingerprintError
-from espalier.scheduling import Scheduling, available_cores
+from espalier.scheduling import THREADS, Scheduling, available_cores
 
 
 class Repository:
@@ -60,12 +59,13 @@ class Repository:
         return segments
 
     def scheduling(self) -> Scheduling | None:
-        """Return how the trunk runs on a CPU, deployed or not; None if there is none, or if it runs on a GPU."""
-        for folder in self.segment_folders():
-            config = read_config(folder)
-            if TrunkInfo.read(config).target is not Target.GPU:
-                return Scheduling.read(config)
-        return None
+        """Return how the trunk runs on a CPU, deployed or not; None if it tells no threads, as one on a GPU.
+
+        Of segments that differ it is that with most threads.
+        """
+        configs = [read_config(folder) for folder in self.segment_folders()]
+        told = [Scheduling.read(config) for config in configs if THREADS in config.parameters]
+        return max(told, key=lambda scheduling: scheduling.threads, default=None)
 
     def heads(self) -> list[HeadInfo]:
         """Return the deployed heads by task name."""

@@ -40,9 +40,10 @@ class Scheduling(BaseModel):
         return f"{self.instances} × {self.threads} threads, {batches}{wait}"
 
     @classmethod
-    def default(cls, cores: int) -> Self:
-        """Return what is good on `cores` cores before `espalier tune` has looked."""
-        return cls(threads=max(1, cores // 2), instances=min(2, cores), batch=8, delay=0)
+    def default(cls, cores: int, threads: int | None = None) -> Self:
+        """Return what is good on `cores` cores, with so many `threads`, before `espalier tune` has looked."""
+        threads = threads or max(1, cores // 2)
+        return cls(threads=threads, instances=max(1, min(2, cores // threads)), batch=8, delay=0)
 
     def write_to(self, config: pb.ModelConfig) -> None:
         """Set them in the config of a model."""

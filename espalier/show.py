@@ -228,7 +228,7 @@ def scheduling(repository: Path) -> None:
     except ContractError:  # whoever loads it says what is wrong
         return
     cores = available_cores()
-    if found is not None and found.threads * found.instances != cores:
+    if found is not None and (found.threads > cores or 2 * found.threads * found.instances <= cores):
         messages.print(
             f"The trunk runs as {found}; this machine has {cores} cores: `espalier tune` fits it.",
             highlight=False, soft_wrap=True,
@@ -273,8 +273,10 @@ def tuned(done: "Tuned", repository: Path) -> None:
     output.print(table)
     if done.written:
         verdict = "Written into the trunk's configs; a running `espalier serve` takes them over."
+    elif done.complete:
+        verdict = "Nothing is faster than what is deployed by more than noise; nothing was written."
     else:
-        verdict = "Nothing is faster than what is deployed; nothing was written."
+        verdict = "Nothing was written."
     if not done.complete:
         verdict += " Time was up before all was tried: the same command goes on."
     messages.print(verdict, highlight=False, soft_wrap=True)

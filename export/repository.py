@@ -133,8 +133,8 @@ class _Export:
         self.target = target
         self.there = Repository(repository)
         self.suffix = f"{CANDIDATE}{candidate}" if candidate else ""
-        deployed = self.there.scheduling() or Scheduling.default(available_cores())
-        self.scheduling = deployed.model_copy(update=dict(scheduling))
+        default = Scheduling.default(available_cores(), scheduling.get("threads"))
+        self.scheduling = (self.there.scheduling() or default).model_copy(update=dict(scheduling))
         self._fingerprint = functools.cache(base.fingerprint)  # a hash over all that is frozen: once per tap
         self._segment_model = functools.cache(functools.partial(segment_model, base.encoder, target=target))
         self.gate = gate

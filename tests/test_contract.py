@@ -226,7 +226,8 @@ def test_a_scheduling_is_read_as_it_was_written(scheduling: Scheduling, cores: i
     scheduling.write_to(config)
     assert Scheduling.read(text_format.Parse(render(config), pb.ModelConfig())) == scheduling
     default = Scheduling.default(cores)
-    assert cores / 2 <= default.threads * default.instances <= cores
+    assert cores / 2 < default.threads * default.instances <= cores
+    assert Scheduling.default(cores, threads=cores).instances == 1
 
 
 def test_the_ensemble_chains_the_segments_and_hangs_each_head_on_its_tap() -> None:

@@ -19,8 +19,8 @@ from espalier.configs import read_config, write_config
 from espalier.contract import ENSEMBLE, HeadInfo, Target
 from espalier.encoder import Base
 from espalier.errors import CheckpointError, ContractError, ExportError, FingerprintError
-from espalier.repository import Repository, check_head
-from espalier.scheduling import Scheduling
+from espalier.repository import Repository, check_head, cores_counted
+from espalier.scheduling import Scheduling, available_cores
 from export.gate import Quantized, quantized_score
 from export.models import head_model, segment_model
 from export.repository import Exported, export
@@ -323,12 +323,21 @@ def test_the_deployed_trunk_keeps_its_scheduling(base: Base, repository: Path, b
     assert again() == first.model_copy(update={"threads": 7, "delay": 300})
 
 
-def test_a_trunk_that_does_not_tell_its_threads_is_refused(run, repository: Path, branches: dict[str, Path]) -> None:
-    config = read_config(repository / "trunk_0_3")
-    del config.parameters["intra_op_thread_count"]
-    write_config(repository / "trunk_0_3", config)
-    with pytest.raises(ContractError, match=r"trunk_0_3/config.pbtxt does not tell how it is scheduled \(threads"):
-        run([branches["intent"]], repository)
+def test_a_trunk_that_tells_no_threads_is_scheduled_anew(run, repository: Path, branches: dict[str, Path]) -> None:
+    for folder in Repository(repository).segment_folders():
+        config = read_config(folder)
+        del config.parameters["intra_op_thread_count"]
+        write_config(folder, config)
+    assert Repository(repository).scheduling() is None
+    run([branches["intent"]], repository)
+    assert Repository(repository).scheduling() == Scheduling.default(available_cores(), threads=1)
+
+
+def test_a_server_may_hand_out_the_cores_that_a_segment_takes(base: Base, repository: Path, branches) -> None:
+    assert cores_counted(repository) == available_cores()
+    assert cores_counted(repository.parent / "nowhere") == available_cores()
+    export([branches["intent"]], repository, scheduling={"threads": 99}, load=lambda name, revision: base)
+    assert cores_counted(repository) == 99
 
 
 def test_a_base_that_moved_is_found_where_one_says(

@@ -21,6 +21,7 @@ from espalier.contract import ENSEMBLE, HeadInfo
 from espalier.encoder import Base, Encoder
 from espalier.errors import ContractError, UnavailableError, WiringError
 from espalier.files import digest, exchange
+from espalier.scheduling import Scheduling, available_cores
 from export.repository import export
 from serving.control import Control, Refused
 from serving.deploy import TRIAL
@@ -441,6 +442,37 @@ def test_a_trunk_changes_with_all_its_heads_or_not_at_all(stage: Stage, other: P
     stage.settle()
     assert stage.tasks() == ["intent", "urgency"]
     assert stage.ask() != before
+
+
+def reschedule(stage: Stage, **settings: int) -> None:
+    """As `espalier tune` writes it."""
+    for folder in stage.repository.glob("trunk_*"):
+        config = read_config(folder)
+        Scheduling.read(config).model_copy(update=settings).write_to(config)
+        write_config(folder, config)
+
+
+def test_a_trunk_that_is_scheduled_otherwise_is_taken_over(stage: Stage) -> None:
+    before = stage.ask()
+    reschedule(stage, instances=2, batch=4, delay=100)
+    assert stage.settle().change is not None
+    state = stage.live.state()
+    assert state is not None
+    for model in state.trunk:
+        served = stage.control.config(model)
+        assert served is not None
+        assert (served.instance_group[0].count, served.dynamic_batching.max_queue_delay_microseconds) == (2, 100)
+    assert stage.ask() == before
+
+
+def test_a_trunk_that_takes_more_cores_than_the_server_hands_out_is_refused(stage: Stage) -> None:
+    before = stage.ask()
+    reschedule(stage, threads=available_cores() + 1)
+    assert stage.settle().change is None
+    kind, why = stage.state("trunk_*")
+    assert kind == "refused"
+    assert 'Resource count for "cores" is limited to' in why
+    assert stage.ask() == before
 
 
 def test_a_trunk_that_was_rolled_back_from_stays_so(stage: Stage, other: Path) -> None:

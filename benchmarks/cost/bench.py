@@ -9,6 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -99,7 +100,8 @@ class _Bench:
             same = {"folding": "paper", "segments": "paper", "ragged": "ours"}.get(way, way)
             ways.tunable(repository).write(Scheduling.model_validate(found["scheduling"][same]))
         found["workers"] = get("workers of the Python server", self._workers)
-        rates = get("rounds", lambda: self._turns(found["workers"]))
+        found["bound"] = get("arrangement of the bound", self._arrangement)
+        rates = get("rounds", lambda: self._turns(found["workers"], bound.Arrangement(**found["bound"])))
         found["texts_per_second"] = {name: summary(own, 2) for name, own in rates["rates"].items()}
         found["ratios"] = _ratios(rates["rates"], rates["lengths"], rates["tails"])
         found["tokens_per_text"] = {name: round(mean, 2) for name, mean in rates["lengths"].items()}
@@ -119,6 +121,14 @@ class _Bench:
     @contextlib.contextmanager
     def _served(self, way: str) -> Iterator[TritonServer]:
         with ways.served(self._built.repositories[way], LOGS / f"bench-{way}.log") as server:
+            yield server
+
+    @contextlib.contextmanager
+    def _started(self, way: str, footprint: dict[str, dict[str, float]]) -> Iterator[TritonServer]:
+        """Serve as `_served` does, and note how long the start took."""
+        began = time.perf_counter()
+        with self._served(way) as server:
+            footprint.setdefault(way, {})["start_seconds"] = round(time.perf_counter() - began, 1)
             yield server
 
     def _window(self, way: str) -> float:
@@ -145,9 +155,16 @@ class _Bench:
             self._say(f"python, {workers} workers: {rates[workers]:.1f} texts/s")
         return max(rates, key=lambda workers: rates[workers])
 
+    def _arrangement(self) -> dict[str, int]:
+        ours, built = self._built.repositories["ours"], self._built
+        with show.waiting("bound: looking for the best arrangement"):
+            found = bound.best(ours, built.tokenizer, self._mixed, ways.TASKS, self._seconds)
+        self._say(f"bound: {found}")
+        return asdict(found)
+
     # --- rounds -------------------------------------------------------------------------------------------------------
 
-    def _turns(self, workers: int) -> dict[str, Any]:
+    def _turns(self, workers: int, arrangement: bound.Arrangement) -> dict[str, Any]:
         built, mixed, seconds = self._built, self._mixed, self._seconds
         fixed = texts.fixed(built.tokenizer, TEXTS)
         padded = texts.padded(built.tokenizer, TEXTS, ways.BUCKETS)
@@ -156,14 +173,19 @@ class _Bench:
         footprint: dict[str, dict[str, float]] = {}
         with contextlib.ExitStack() as stack:
             servers: dict[str, TritonServer] = {}
-            for way in ("ours", "ours_int8", "today", "paper"):
-                with show.waiting(f"starting {way}"):
-                    began = time.perf_counter()
-                    servers[way] = stack.enter_context(self._served(way))
-                    footprint[way] = {"start_seconds": round(time.perf_counter() - began, 1)}
+            for way in ("ours", "ours_int8", "paper"):
+                servers[way] = stack.enter_context(self._started(way, footprint))
+
+            # These two are there for their own windows alone: eight full models leave the others less memory, in
+            # smaller pages, and idle workers of the Python server take from their cores.
+            def today() -> float:
+                with self._started("today", footprint) as server:
+                    rate = load(Asked(server.grpc_url, ENSEMBLE, ways.TASKS), seconds=self._window("today"))
+                    footprint["today"]["memory_mib"] = _memory(server)
+                return rate
 
             def python() -> float:
-                with self._python(workers) as server:  # its idle workers would take from the others' cores
+                with self._python(workers) as server:
                     return load(server)
 
             def load(server: Server, some: list[str] = mixed, seconds: float = seconds) -> float:
@@ -174,13 +196,15 @@ class _Bench:
 
             plan: dict[str, Callable[[], float]] = {
                 "ours": lambda: load(asked("ours")),
-                "today": lambda: load(asked("today"), seconds=self._window("today")),
+                "bound": lambda: bound.rate(
+                    arrangement, built.repositories["ours"], built.tokenizer, mixed, ways.TASKS, seconds
+                ),
+                "today": today,
                 "ours_fixed": lambda: load(asked("ours"), fixed),
                 "ours_padded": lambda: load(asked("ours"), padded),
                 "ours_one_task": lambda: load(asked("ours", DEEP)),
                 "ours_shallow": lambda: load(asked("ours", ALONE)),
                 "ours_int8": lambda: load(asked("ours_int8")),
-                "bound": lambda: bound.best(built.repositories["ours"], built.tokenizer, mixed, ways.TASKS, seconds),
                 "paper": lambda: load(asked("paper")),
                 "python": python,
             }
@@ -193,8 +217,7 @@ class _Bench:
                     unloaded.append(closed_loop(asked("ours"), mixed, 1, UNLOADED))
                     half_load.append(open_loop(asked("ours"), mixed, rates["ours"][-1] / 2, HALF_LOAD, seed=number))
             for way, server in servers.items():
-                assert server.pid is not None
-                footprint[way]["memory_mib"] = round(memory(server.pid))
+                footprint[way]["memory_mib"] = _memory(server)
             before = statistics(servers["ours"].grpc_url)
             load(asked("ours"))
             stats = steps(before, statistics(servers["ours"].grpc_url))
@@ -270,6 +293,11 @@ class _Bench:
                     found[name] = perf.sweep(binary, server.grpc_url, self._mixed, load, requests, to)
                 self._say(f"perf_analyzer wrote {to}")
         return found
+
+
+def _memory(server: TritonServer) -> float:
+    assert server.pid is not None
+    return round(memory(server.pid))
 
 
 def _ratios(rates: dict[str, list[float]], lengths: dict[str, float], tails: list[float]) -> dict[str, Any]:

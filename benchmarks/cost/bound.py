@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,17 +53,33 @@ class Models:
                     head.run(None, {"hidden": hidden, **shared})
 
 
-def best(repository: Path, tokenizer: str, texts: Sequence[str], tasks: Sequence[str], seconds: float) -> float:
-    """Return texts per second of the best arrangement; each is measured for half of `seconds`."""
+@dataclass(frozen=True)
+class Arrangement:
+    """How the graphs are run: streams that take batches of `batch` texts, with sessions of `threads` threads."""
+
+    streams: int
+    threads: int
+    batch: int
+
+
+def best(repository: Path, tokenizer: str, texts: Sequence[str], tasks: Sequence[str], seconds: float) -> Arrangement:
+    """Return the arrangement that is fastest, by one window of `seconds` each."""
+    cores = available_cores()
+    tries = [Arrangement(*shape, batch) for shape in {(1, cores), (cores, 1)} for batch in BATCHES]
+    rates = {each: rate(each, repository, tokenizer, texts, tasks, seconds) for each in tries}
+    return max(rates, key=lambda each: rates[each])
+
+
+def rate(
+    arrangement: Arrangement, repository: Path, tokenizer: str, texts: Sequence[str], tasks: Sequence[str],
+    seconds: float,
+) -> float:  # fmt: skip
+    """Return the texts per second of an arrangement, by one window of `seconds`."""
     rust = Tokenizer.from_str(tokenizer)
     ids = [encoding.ids for encoding in rust.encode_batch(list(texts))]
-    cores = available_cores()
-    rates = []
-    for streams in ([Models(repository, tasks, cores)], [Models(repository, tasks, 1) for _ in range(cores)]):
-        for size in BATCHES:
-            batches = [ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
-            rates.append(_rate(streams, batches, seconds / 2))
-    return max(rates)
+    size = arrangement.batch
+    batches = [ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
+    return _rate([Models(repository, tasks, arrangement.threads) for _ in range(arrangement.streams)], batches, seconds)
 
 
 def _rate(streams: Sequence[Models], batches: Sequence[Sequence[Sequence[int]]], seconds: float) -> float:

@@ -96,10 +96,11 @@ def is_padded(repository: Path) -> bool:
 
 def tunable(repository: Path) -> Tunable:
     """Return what is scheduled in a repository: all but the tokenizer and the ensemble; of ours the trunk."""
-    names = sorted(folder.name for folder in repository.iterdir() if next(folder.glob(f"*/{MODEL_FILE}"), None))
+    folders = sorted(folder.name for folder in repository.iterdir() if folder.is_dir())
+    models = [name for name in folders if next((repository / name).glob(f"*/{MODEL_FILE}"), None)]
     if not is_padded(repository):
-        names = [name for name in names if name.startswith("trunk_")]
-    return Tunable(repository, names, TASKS)
+        models = [name for name in models if name.startswith("trunk_")]
+    return Tunable(repository, models, TASKS, [name for name in folders if name not in models])
 
 
 def served(repository: Path, log: Path) -> AbstractContextManager[TritonServer]:
