@@ -48,7 +48,7 @@ BOUND = 1.0
 """Seconds of P99 within which the highest rate is looked for."""
 WORKERS = (1, 2)
 """Processes of the Python server that are tried."""
-PERF_REQUESTS = {"ours": 200, "today": 40}
+PERF_REQUESTS = {"ours": 200, "today": 25}
 """Requests in a window of perf_analyzer, by way."""
 ABLATIONS = ("paper", "folding", "segments", "ragged", "ours")
 ASKED = {"all": ways.TASKS, "deep": DEEP, "shallow": ALONE}
@@ -260,12 +260,12 @@ class _Bench:
             closed_loop(asked, self._mixed, ways.CONCURRENCY, self._seconds / 2)
             for number, part in enumerate(LOADS):
                 with show.waiting(f"latency of {way} at {part:.0%} of its highest rate"):
-                    window = open_loop(asked, self._mixed, part * top, 2 * self._window(way), seed=number)
+                    window = open_loop(asked, self._mixed, part * top, 1.5 * self._window(way), seed=number)
                 p50, p99 = window.percentile(50), window.percentile(99)
                 loads.append({"part": part, "rate": part * top, "p50": p50, "p99": p99})
                 self._say(f"{way} at {part:.0%}: P50 {1000 * p50:.0f} ms, P99 {1000 * p99:.0f} ms")
             with show.waiting(f"highest rate of {way} with P99 within {BOUND:g} s"):
-                rate, _ = highest_rate(asked, self._mixed, BOUND, top, 2 * self._window(way), steps=4)
+                rate, _ = highest_rate(asked, self._mixed, BOUND, top, self._window(way), steps=4)
             self._say(f"{way}: {rate:.1f} texts/s with P99 within {BOUND:g} s")
         return {"loads": loads, "highest_rate": rate}
 

@@ -31,7 +31,7 @@ def sweep(
         command = [
             str(binary), "-m", ENSEMBLE, "-i", "grpc", "-u", url, "--input-data", str(data), "-f", str(table),
             "--measurement-mode", "count_windows", "--measurement-request-count", str(requests),
-            "--stability-percentage", "25", "--max-trials", "4", "--async", *load,
+            "--stability-percentage", "25", "--max-trials", "3", "--async", *load,
         ]  # fmt: skip
         try:
             done = subprocess.run(
