@@ -21,7 +21,7 @@ from serving.triton import TritonServer, free_ports
 
 COMMANDS = (
     "train", "distill", "search", "select", "card", "export", "serve", "wire", "history", "rollback", "promote", "ask",
-    "tasks", "evaluate",
+    "tasks", "evaluate", "tune", "bench",
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ BOUND = 1.0
 """Seconds of P99 within which the highest rate is looked for."""
 WORKERS = (1, 2)
 """Processes of the Python server that are tried."""
-PERF_REQUESTS = {"ours": 200, "today": 25}
+PERF_REQUESTS = {"ours": 100, "today": 16}
 """Requests in a window of perf_analyzer, by way."""
 ABLATIONS = ("paper", "folding", "segments", "ragged", "ours")
 ASKED = {"all": ways.TASKS, "deep": DEEP, "shallow": ALONE}
@@ -281,7 +281,7 @@ class _Bench:
     def _sweeps(self, binary: Path, way: str, top: float) -> dict[str, Any]:
         poisson = f"{top / 4:.2f}:{3 * top / 4:.2f}:{top / 4:.2f}"
         loads = {
-            "concurrency": ["--concurrency-range", "1:16:5"],
+            "concurrency": ["--concurrency-range", "1:17:8"],
             "poisson": ["--request-rate-range", poisson, "--request-distribution", "poisson"],
         }
         found = {}
