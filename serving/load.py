@@ -27,6 +27,8 @@ from espalier.errors import ServerError, one_line
 LONGEST = 600_000_000  # µs, the most that a histogram holds
 OUTSTANDING = 512
 """Requests under way at which an open-loop load is given up: the server does not keep up."""
+FEWEST = 10
+"""Texts in a window below which nothing is told by its P99."""
 
 
 def _histogram() -> HdrHistogram:
@@ -158,12 +160,15 @@ def highest_rate(
 ) -> tuple[float, Window | None]:
     """Return the highest rate of random arrivals at which P99 stays within `bound` seconds, and what it was like.
 
-    Looks between 0 and `top` texts per second by halves, in `steps` windows of `seconds`. 0 and None if no rate does.
+    Looks between 0 and `top` texts per second by halves, in `steps` windows of `seconds`, but at no rate that sends
+    fewer than FEWEST texts in a window: they have no P99. 0 and None if no rate does.
     """
     low, high = 0.0, top
     best: Window | None = None
     for step in range(steps):
         rate = (low + high) / 2
+        if rate * seconds < FEWEST:
+            break
         try:
             window = open_loop(asked, texts, rate, seconds, seed=step)
         except OverloadError:

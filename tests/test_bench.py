@@ -28,7 +28,7 @@ from espalier.errors import ServerError
 from espalier.texts import mixed_lengths
 from export.session import session
 from serving import load
-from serving.load import Asked, closed_loop, open_loop
+from serving.load import Asked, Window, closed_loop, open_loop
 from serving.triton import TritonServer
 
 
@@ -81,6 +81,24 @@ def test_an_open_loop_that_the_server_does_not_keep_up_with_is_given_up(
     with pytest.raises(ServerError, match="16 requests wait: the server does not keep up with 5000 texts/s"):
         open_loop(asked, texts.texts_of(base.tokenizer, [128], 0), 5_000, 5.0)
     assert closed_loop(asked, ["still there"], 1, 0.5).texts > 0
+
+
+def test_the_highest_rate_is_looked_for_among_those_that_have_a_p99(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def measured(asked: Asked, texts: list[str], rate: float, seconds: float, seed: int) -> Window:
+        rates.append(rate)
+        window = Window(seconds)
+        window.add(0.1 if rate < 30 else 0.9)
+        return window
+
+    monkeypatch.setattr(load, "open_loop", measured)
+    nowhere = Asked("nowhere", "nothing", ())
+    assert load.highest_rate(nowhere, ["a"], 0.5, 64.0, 1.0)[0] == 28.0
+    assert rates == [32.0, 16.0, 24.0, 28.0, 30.0]
+    rates.clear()
+    assert load.highest_rate(nowhere, ["a"], 0.01, 64.0, 1.0) == (0.0, None)
+    assert rates == [32.0, 16.0], "8 texts in a window have no P99"
 
 
 def test_a_stall_counts_for_all_that_were_due_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

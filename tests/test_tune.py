@@ -187,7 +187,7 @@ def test_what_cannot_be_tuned_is_told(own: Path, tmp_path: Path) -> None:
 @pytest.mark.server
 def test_a_real_trial(own: Path, tmp_path: Path) -> None:
     """One trial on a real Triton: the rate within a bound, and none within a bound that nothing keeps."""
-    wide = Tuner(tunable(own, ["intent"]), texts_to_ask(own, None), 0, 5.0, 0.4, log_file=tmp_path / "log").run().before
+    wide = Tuner(tunable(own, ["intent"]), texts_to_ask(own, None), 0, 5.0, 1.0, log_file=tmp_path / "log").run().before
     assert wide.p50 is not None
     assert wide.p99 is not None
     assert 0 < wide.rate <= wide.full
