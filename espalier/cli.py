@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from espalier import __version__, show
 from espalier.contract import HeadInfo, Target
 from espalier.errors import EspalierError, RequestError, SpecError
-from espalier.repository import Repository, cores_counted
+from espalier.repository import Repository, cores_counted, told_scheduling
 from espalier.scheduling import available_cores
 
 if TYPE_CHECKING:
@@ -404,11 +404,12 @@ def serve(
     from serving.triton import TritonServer
 
     store = _live(repository, live)
-    show.scheduling(repository)
+    scheduling = told_scheduling(repository)
+    if scheduling is not None:
+        show.scheduling(scheduling, available_cores())
     server = TritonServer(
         store.models, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port,
-        metrics_port=metrics_port, ready_model=None, model_control="explicit",
-        cores=cores_counted(repository),
+        metrics_port=metrics_port, ready_model=None, model_control="explicit", cores=cores_counted(scheduling),
     )  # fmt: skip
     service = Service(_wiring(repository, store, Control(server.grpc_url), allow, keep), host, wiring_port)
     log_to(sys.stderr)

@@ -73,7 +73,7 @@ def _scatter(config: pb.ModelConfig, output: str, source: str) -> None:
 
 
 def trunk_config(info: TrunkInfo, scheduling: Scheduling) -> pb.ModelConfig:
-    """Config of a trunk segment; `scheduling` is that of its target's CPU, a GPU has none."""
+    """Config of a trunk segment; `scheduling` counts on a CPU alone."""
     first = info.start == 0
     source = "input_ids" if first else BELOW
     target = info.target

@@ -81,15 +81,19 @@ class Repository:
         return sorted(path for path in self.path.glob(f"{head_name('*')}") if path.is_dir())
 
 
-def cores_counted(path: Path) -> int:
-    """Return how many cores a server of the repository at `path` may hand out: this machine's, or what a segment takes.
+def told_scheduling(path: Path) -> Scheduling | None:
+    """Return how the trunk of the repository at `path` runs, None also if it cannot be read: who loads it says why."""
+    try:
+        return Repository(path).scheduling()
+    except ContractError:
+        return None
+
+
+def cores_counted(scheduling: Scheduling | None) -> int:
+    """Return how many cores a server of such a trunk may hand out: this machine's, or what a segment takes.
 
     A segment that was exported where there are more cores runs, if not well; Triton would refuse it.
     """
-    try:
-        scheduling = Repository(path).scheduling()
-    except ContractError:  # told by whoever loads it
-        scheduling = None
     return max(available_cores(), scheduling.threads if scheduling else 1)
 
 

@@ -14,9 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from espalier.contract import FolderStatus, HeadInfo, StatusFile, Structure, head_name, task_of
-from espalier.errors import ContractError
-from espalier.repository import Repository
-from espalier.scheduling import available_cores
+from espalier.scheduling import Scheduling
 
 if TYPE_CHECKING:
     from clients import Answer, Answers, Span
@@ -221,14 +219,9 @@ def history(states: "Sequence[State]") -> None:
     output.print(table)
 
 
-def scheduling(repository: Path) -> None:
-    """Say so if the trunk of a repository is not scheduled for the cores of this machine."""
-    try:
-        found = Repository(repository).scheduling()
-    except ContractError:  # whoever loads it says what is wrong
-        return
-    cores = available_cores()
-    if found is not None and (found.threads > cores or 2 * found.threads * found.instances <= cores):
+def scheduling(found: Scheduling, cores: int) -> None:
+    """Say so if a trunk is not scheduled for a machine of so many cores."""
+    if found.threads > cores or 2 * found.threads * found.instances <= cores:
         messages.print(
             f"The trunk runs as {found}; this machine has {cores} cores: `espalier tune` fits it.",
             highlight=False, soft_wrap=True,
