@@ -12,6 +12,9 @@ from export.layers import folded_layer, packed_layer
 from export.ragged import Layout, declare, scatter
 from export.viterbi import Words, best_path
 
+GRIDS = {Target.CPU: 3, Target.INT8: 2, Target.GPU: 1}
+"""Grids of attention: each saves computing for pads, and costs launches of operators, which a text alone feels more."""
+
 
 def precision(target: Target) -> type[np.floating[Any]]:
     """Type of hidden states, and of weights that are not quantized, for `target`."""
@@ -29,11 +32,11 @@ def segment_model(encoder: Encoder, start: int, stop: int, target: Target) -> by
     if start == 0:
         ids = graph.input("input_ids", INT64, ["tokens"])
         types = graph.input("token_type_ids", INT64, ["tokens"])
-        layout = declare(graph, item_dims=1)
+        layout = declare(graph, item_dims=1, grids=GRIDS[target])
         rows = ids
         hidden = _embed(graph, encoder, ids, types, layout)  # [T,H]
     else:
-        layout = declare(graph, item_dims=2)
+        layout = declare(graph, item_dims=2, grids=GRIDS[target])
         rows = _rows(graph, BELOW, size)
         hidden = graph.op("Gather", rows, layout.source, axis=0)  # [T,H]
     for index in range(start, stop):
@@ -51,7 +54,7 @@ def head_model(branch: Branch, task: str, target: Target, words: Words | None = 
     [P,2]; it needs `words`, the tokens that begin one (see export.viterbi).
     """
     graph = Graph(f"head_{task}", precision(target), int8=target is Target.INT8)
-    layout = declare(graph, item_dims=2)
+    layout = declare(graph, item_dims=2, grids=GRIDS[target])
     rows = _rows(graph, "hidden", branch.config.hidden_size)  # [P,H]
     layers: list[Any] = list(branch.layers)
     tagging = branch.kind is Kind.TAGGING

@@ -13,22 +13,42 @@ from export.graph import INT32, INT64, Graph
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Names of index tensors in a graph."""
+class Grid:
+    """Some of the items, maybe none, each padded to the longest of them: B' items, S' places."""
 
+    items: str  # [B'] their indices
+    valid: str  # [B',S'] whether the item has such a token
+    steps: str  # [S'] 0, 1, …
+    mask: str  # [B',1,S'] 0 for a token, a large negative number for none
+
+    def cells(self, graph: Graph, starts: str) -> str:
+        """Return [B',S']: for each place the row of its token when the items begin at `starts` [B], else row 0."""
+        own = graph.op("Unsqueeze", graph.op("Gather", starts, self.items), graph.ints(1))
+        return graph.op("Where", self.valid, graph.op("Add", own, self.steps), graph.integer(0))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of index tensors in a graph, and the grids in which attention sees the items, each item in one of them."""
+
+    lengths: str  # [B]
     starts: str  # [B] position of each item's first token in the flat input
     packed_starts: str  # [B] the same among the packed tokens
-    valid: str  # [B,S] whether the item has such a token
-    steps: str  # [S] 0, 1, …
     item: str  # [T] index of each packed token's item
     source: str  # [T] position of each packed token in the flat input
     position: str  # [T] position of each packed token in its item
-    flat: str  # [T] position of each packed token in the flattened grid [B·S]
-    mask: str  # [B,1,S] 0 for a token, a large negative number for none
+    grids: tuple[Grid, ...]
+    order: str  # [B] position of each item among those of all grids
+    flat: str  # [T] position of each packed token among the places of all grids
 
 
-def declare(graph: Graph, item_dims: int) -> Layout:
-    """Add the inputs `length` [B,1] and `shape` [B,`item_dims`], and the index tensors made of them."""
+def declare(graph: Graph, item_dims: int, grids: int) -> Layout:
+    """Add the inputs `length` [B,1] and `shape` [B,`item_dims`], and the index tensors made of them.
+
+    Of the `grids`, the first has the items longer than a half of the longest one, the next the rest of those longer
+    than a quarter, and so on; the last has what is left. So what attention computes for pads is bounded, however much
+    longer one text of a batch is than the others.
+    """
     g = graph
     length = g.input("length", INT32, ["items", 1])
     shape = g.input("shape", INT32, ["items", item_dims])
@@ -40,27 +60,52 @@ def declare(graph: Graph, item_dims: int) -> Layout:
     where = g.op("NonZero", valid)  # [2,T]
     item, position = (g.op("Gather", where, g.integer(row), axis=0) for row in (0, 1))  # [T]
     starts = g.op("CumSum", widths, g.integer(0), exclusive=1)
-    blocked = g.cast(g.op("Not", valid), g.float_type)
-    # -1e4 also fits FP16, and the softmax of it is 0 in either precision
-    mask = g.op("Unsqueeze", g.op("Mul", blocked, g.number(-1e4)), g.ints(1))
+
+    made: list[Grid] = []
+    longer = g.op("Less", lengths, g.integer(0))  # [B] none so far
+    items_before = places_before = g.integer(0)
+    order = begins = g.op("Mul", lengths, g.integer(0))  # [B]
+    for index in range(grids):
+        shortest = g.integer(-1) if index == grids - 1 else g.op("Div", longest, g.integer(2 << index))
+        reached = g.op("Greater", lengths, shortest)
+        own = g.op("And", reached, g.op("Not", longer))
+        longer = reached
+        number = g.cast(own, INT64)  # [B]
+        rank = g.op("CumSum", number, g.integer(0), exclusive=1)
+        count = g.op("ReduceSum", number, keepdims=0)
+        width = g.op("ReduceMax", g.op("Mul", number, lengths), keepdims=0)
+        width = g.op("Max", width, g.integer(1))  # also if there is no item: a first token has its place
+        items = g.op("Reshape", g.op("NonZero", own), g.ints(-1))
+        made.append(_grid(g, items, g.op("Gather", lengths, items), width))
+        order = g.op("Add", order, g.op("Mul", number, g.op("Add", rank, items_before)))
+        begins = g.op("Add", begins, g.op("Mul", number, g.op("Add", g.op("Mul", rank, width), places_before)))
+        items_before = g.op("Add", items_before, count)
+        places_before = g.op("Add", places_before, g.op("Mul", count, width))
     return Layout(
+        lengths=lengths,
         starts=starts,
         packed_starts=g.op("CumSum", lengths, g.integer(0), exclusive=1),
-        valid=valid,
-        steps=steps,
         item=item,
         source=g.op("Add", g.op("Gather", starts, item), position),
         position=position,
-        flat=g.op("Add", g.op("Mul", item, longest), position),
-        mask=mask,
+        grids=tuple(made),
+        order=order,
+        flat=g.op("Add", g.op("Gather", begins, item), position),
     )
 
 
-def grid(graph: Graph, layout: Layout, starts: str) -> str:
-    """Return [B,S]: for each place of the grid the row of its token when items begin at `starts`, else row 0."""
-    g = graph
-    rows = g.op("Add", g.op("Unsqueeze", starts, g.ints(1)), layout.steps)  # [B,S]
-    return g.op("Where", layout.valid, rows, g.integer(0))
+def whole(graph: Graph, layout: Layout) -> Grid:
+    """Add one grid of all items."""
+    items = graph.op("Range", graph.integer(0), graph.op("Size", layout.lengths), graph.integer(1))
+    return _grid(graph, items, layout.lengths, graph.op("ReduceMax", layout.lengths, keepdims=0))
+
+
+def _grid(g: Graph, items: str, lengths: str, width: str) -> Grid:
+    steps = g.op("Range", g.integer(0), width, g.integer(1))
+    valid = g.op("Less", g.op("Unsqueeze", steps, g.ints(0)), g.op("Unsqueeze", lengths, g.ints(1)))
+    # -1e4 also fits FP16, and the softmax of it is 0 in either precision
+    blocked = g.op("Mul", g.cast(g.op("Not", valid), g.float_type), g.number(-1e4))
+    return Grid(items, valid, steps, g.op("Unsqueeze", blocked, g.ints(1)))
 
 
 def scatter(graph: Graph, layout: Layout, packed: str, flat_input: str, width: int, zero: str) -> str:

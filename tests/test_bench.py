@@ -162,7 +162,7 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
         "bound": {"streams": 2, "threads": 1, "batch": 8},
         "perf_analyzer": {"missing": "perf_analyzer cannot be installed"}, "p99_bound": 1.0,
         "tokens_per_text": {"mixed": 23.0, "fixed": 32.0}, "size": "BERT-base", "trunk_layers": 9, "shallow_layers": 4,
-        "baseline_level": "O2", "concurrency": 32, "cores": 2, "versions": {"onnxruntime": "1"}, "command": "bench",
+        "baseline_level": "O2", "concurrency": 64, "cores": 2, "versions": {"onnxruntime": "1"}, "command": "bench",
     }  # fmt: skip
     write_report(found, tmp_path)
     page = (tmp_path / "performance.md").read_text()
@@ -208,6 +208,34 @@ def test_perf_analyzers_table_is_read() -> None:
     ]
     (row,) = perf.rows(table.replace("Concurrency", "Request Rate").rsplit("\n", 2)[0])
     assert row["load"] == 8.0
+
+
+PERF_ANALYZER = """#!/bin/sh
+case "$*" in
+*"--concurrency-range 7"*) echo 'error: no such load' >&2; exit 1;;
+*"--stability-percentage 25"*"--concurrency-range 64"*) echo 'Failed to obtain stable measurement.'; exit 2;;
+esac
+while [ $# -gt 1 ]; do
+case "$1" in -f) table="$2";; --concurrency-range) load="$2";; esac
+shift
+done
+printf 'Concurrency,Inferences/Second,p50 latency,p99 latency\\n%s,30,250000,400000\\n' "$load" > "$table"
+"""
+
+
+def test_a_load_that_is_not_stable_ends_no_sweep(tmp_path: Path) -> None:
+    binary, to = tmp_path / "perf_analyzer", tmp_path / "found.csv"
+    binary.write_text(PERF_ANALYZER)
+    binary.chmod(0o755)
+    loads = [("--concurrency-range", load) for load in ("1", "64", "8")]
+    found = perf.sweep(binary, "nowhere", ["a text"], loads, 1.0, to)
+    assert [(row["load"], row["stable"]) for row in found] == [(1, True), (64, False), (8, True)]
+    assert to.read_text().splitlines() == [
+        "Concurrency,Inferences/Second,p50 latency,p99 latency",
+        *(f"{load},30,250000,400000" for load in (1, 64, 8)),
+    ]
+    with pytest.raises(ServerError, match="--concurrency-range 7: error: no such load"):
+        perf.sweep(binary, "nowhere", ["a text"], [("--concurrency-range", "7")], 1.0, to)
 
 
 def test_finished_stages_are_kept_until_all_is_done(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from espalier.encoder import Encoder, EncoderConfig
 from espalier.errors import ExportError
 from export import check
 from export.check import Batch, compare_head, compare_segment
+from export.graph import INT64, Graph
 from export.models import head_model, segment_model
+from export.ragged import declare
 
 
 def encoder(hidden: int = 16, heads: int = 4, layers: int = 3, activation: str = "gelu") -> Encoder:
@@ -122,6 +124,27 @@ def test_an_answer_is_the_same_to_the_last_bit_whatever_else_is_in_the_batch(
         return session.run(None, {name: hidden, "length": count[:, :1], "shape": count})[0]
 
     np.testing.assert_array_equal(run(*items), np.concatenate([run(item) for item in items]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "grids", "shapes"),
+    [
+        ([40, 4, 12, 4, 30, 4, 4], 3, [[2, 40], [1, 12], [4, 4]]),
+        ([40, 4, 12, 4, 30, 4, 4], 2, [[2, 40], [5, 12]]),
+        ([40, 4, 12, 4, 30, 4, 4], 1, [[7, 40]]),
+        ([6], 3, [[1, 6], [0, 1], [0, 1]]),
+        ([8, 4, 2, 1], 3, [[1, 8], [1, 4], [2, 2]]),
+    ],
+)
+def test_attention_sees_items_in_grids_of_about_their_length(
+    lengths: list[int], grids: int, shapes: list[list[int]]
+) -> None:
+    graph = Graph("grids", np.float32)
+    for index, grid in enumerate(declare(graph, 1, grids).grids):
+        graph.output(f"shape_{index}", graph.op("Shape", grid.valid), INT64, [2])
+    count = np.array(lengths, np.int32)[:, None]
+    found = onnxruntime.InferenceSession(graph.serialize()).run(None, {"length": count, "shape": count})
+    assert [list(shape) for shape in found] == shapes
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (8, 8), (24, 3)], ids=lambda sizes: f"H{sizes[0]}-A{sizes[1]}")

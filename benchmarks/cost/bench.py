@@ -48,8 +48,11 @@ BOUND = 1.0
 """Seconds of P99 within which the highest rate is looked for."""
 WORKERS = (1, 2)
 """Processes of the Python server that are tried."""
-PERF_REQUESTS = {"ours": 100, "today": 16}
-"""Requests in a window of perf_analyzer, by way."""
+PERF = ("ours", "today")
+"""Ways that perf_analyzer asks."""
+PERF_CONCURRENCY = (1, 4, 16, 64)
+PERF_RATES = (0.25, 0.5, 0.75)
+"""Random arrivals, of a way's own highest rate."""
 ABLATIONS = ("paper", "folding", "segments", "ragged", "ours")
 ASKED = {"all": ways.TASKS, "deep": DEEP, "shallow": ALONE}
 LOGS = Path("logs")
@@ -131,6 +134,11 @@ class _Bench:
             footprint.setdefault(way, {})["start_seconds"] = round(time.perf_counter() - began, 1)
             yield server
 
+    def _warm_up(self, way: str, server: TritonServer) -> None:
+        """Let a window pass that does not count: the first one after a start is up to a tenth slower."""
+        with show.waiting(f"warming up: {way}"):
+            closed_loop(Asked(server.grpc_url, ENSEMBLE, ways.TASKS), self._mixed, ways.CONCURRENCY, self._seconds / 2)
+
     def _window(self, way: str) -> float:
         return self._seconds * (SLOW if way == "today" else 1)
 
@@ -175,6 +183,7 @@ class _Bench:
             servers: dict[str, TritonServer] = {}
             for way in ("ours", "ours_int8", "paper"):
                 servers[way] = stack.enter_context(self._started(way, footprint))
+                self._warm_up(way, servers[way])
 
             # These two are there for their own windows alone: eight full models leave the others less memory, in
             # smaller pages, and idle workers of the Python server take from their cores.
@@ -240,12 +249,14 @@ class _Bench:
     def _ablations(self) -> dict[str, dict[str, Any]]:
         rates: dict[str, dict[str, list[float]]] = {way: {name: [] for name in ASKED} for way in ABLATIONS}
         with contextlib.ExitStack() as stack:
-            urls = {way: stack.enter_context(self._served(way)).grpc_url for way in ABLATIONS}
+            servers = {way: stack.enter_context(self._served(way)) for way in ABLATIONS}
+            for way, server in servers.items():
+                self._warm_up(way, server)
             for number in range(self._rounds):
                 for name, tasks in ASKED.items():
-                    for way, url in urls.items():
+                    for way, server in servers.items():
                         with show.waiting(f"ablations, round {number + 1} of {self._rounds}: {way}, {name}"):
-                            asked = Asked(url, ENSEMBLE, tasks)
+                            asked = Asked(server.grpc_url, ENSEMBLE, tasks)
                             rate = closed_loop(asked, self._mixed, ways.CONCURRENCY, self._seconds).rate
                         rates[way][name].append(rate)
                         self._say(f"{number + 1}/{self._rounds} {way}, {name}: {rate:.1f} texts/s")
@@ -257,7 +268,7 @@ class _Bench:
         loads: list[dict[str, float]] = []
         with self._served(way) as server:
             asked = Asked(server.grpc_url, ENSEMBLE, ways.TASKS)
-            closed_loop(asked, self._mixed, ways.CONCURRENCY, self._seconds / 2)
+            self._warm_up(way, server)
             for number, part in enumerate(LOADS):
                 with show.waiting(f"latency of {way} at {part:.0%} of its highest rate"):
                     window = open_loop(asked, self._mixed, part * top, 1.5 * self._window(way), seed=number)
@@ -273,24 +284,23 @@ class _Bench:
         try:
             with show.waiting("installing perf_analyzer"):
                 binary = perf_analyzer.install()
-            return {way: self._sweeps(binary, way, rates[way]["median"]) for way in PERF_REQUESTS}
+            return {way: self._sweeps(binary, way, rates[way]["median"]) for way in PERF}
         except ServerError as error:  # the report says so
             self._say(str(error))
             return {"missing": str(error)}
 
     def _sweeps(self, binary: Path, way: str, top: float) -> dict[str, Any]:
-        poisson = f"{top / 4:.2f}:{3 * top / 4:.2f}:{top / 4:.2f}"
-        loads = {
-            "concurrency": ["--concurrency-range", "1:17:8"],
-            "poisson": ["--request-rate-range", poisson, "--request-distribution", "poisson"],
+        random = ("--request-distribution", "poisson")
+        loads: dict[str, list[tuple[str, ...]]] = {
+            "concurrency": [("--concurrency-range", str(number)) for number in PERF_CONCURRENCY],
+            "poisson": [("--request-rate-range", f"{part * top:.2f}", *random) for part in PERF_RATES],
         }
         found = {}
         with self._served(way) as server:
-            for name, load in loads.items():
+            for name, own in loads.items():
                 to = self._report / "perf_analyzer" / f"{self._size.name.lower()}-{way}-{name}.csv"
                 with show.waiting(f"perf_analyzer: {way}, {name}"):
-                    requests = PERF_REQUESTS[way]
-                    found[name] = perf.sweep(binary, server.grpc_url, self._mixed, load, requests, to)
+                    found[name] = perf.sweep(binary, server.grpc_url, self._mixed, own, self._window(way) / 2, to)
                 self._say(f"perf_analyzer wrote {to}")
         return found
 

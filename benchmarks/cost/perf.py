@@ -1,4 +1,4 @@
-"""perf_analyzer on an ensemble: a sweep over requests under way, and one over random arrivals; its CSV is kept."""
+"""perf_analyzer on an ensemble, under one load after the other; its CSV is kept."""
 
 import csv
 import io
@@ -15,36 +15,62 @@ from espalier.errors import ServerError
 from espalier.files import write_whole
 
 LIMIT = 600  # s
+TRIALS = 6
+"""Windows within which three in a row have to agree."""
+AGREE = 25  # %
+ANY = 999  # %
+UNSTABLE = "Failed to obtain stable measurement"
+"""What perf_analyzer says if they do not; it then tells nothing else."""
 
 
 def sweep(
-    binary: Path, url: str, texts: Sequence[str], load: Sequence[str], requests: int, to: Path
-) -> list[dict[str, float]]:
-    """Run perf_analyzer under the loads that `load` (arguments of its own) describes, keep its CSV as the file `to`.
+    binary: Path, url: str, texts: Sequence[str], loads: Sequence[Sequence[str]], seconds: float, to: Path
+) -> list[dict[str, Any]]:
+    """Run perf_analyzer under each of `loads` (arguments of its own), in windows of `seconds`; keep its CSV as `to`.
 
-    A window is `requests` requests. Returns per load: `load`, texts per second, P50 and P99 in seconds. Raises
-    ServerError if it fails.
+    One run per load: a run over a range of loads ends at the first one that is not stable. Such a load is measured
+    again, by three windows whether they agree or not. Returns per load: `load`, texts per second, P50 and P99 in
+    seconds, and whether it was `stable`. Raises ServerError if a run fails.
     """
+    tables: list[str] = []
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        data, table = Path(folder, "texts.json"), Path(folder, "table.csv")
+        data = Path(folder, "texts.json")
         data.write_text(json.dumps({"data": [{TEXT: {"content": [text], "shape": [1]}} for text in texts]}))
-        command = [
-            str(binary), "-m", ENSEMBLE, "-i", "grpc", "-u", url, "--input-data", str(data), "-f", str(table),
-            "--measurement-mode", "count_windows", "--measurement-request-count", str(requests),
-            "--stability-percentage", "25", "--max-trials", "3", "--async", *load,
-        ]  # fmt: skip
-        try:
-            done = subprocess.run(
-                command, env=environment(binary.parent), capture_output=True, text=True, timeout=LIMIT, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ServerError(f"perf_analyzer did not end within {LIMIT} s under {' '.join(load)}") from error
-        if not table.is_file():
-            said = (done.stderr.strip() or done.stdout.strip() or "no reason was given").splitlines()[-1]
-            raise ServerError(f"perf_analyzer failed under {' '.join(load)}: {said}")
-        content = table.read_text()
-    write_whole(to, content)
-    return rows(content)
+        for load in loads:
+            table = _run(binary, url, data, load, seconds, AGREE)
+            stable = table is not None
+            table = table or _run(binary, url, data, load, seconds, ANY)
+            if table is None:
+                raise ServerError(f"perf_analyzer found nothing that is stable under {' '.join(load)}")
+            tables.append(table)
+            found += [{**row, "stable": stable} for row in rows(table)]
+    head = tables[0].splitlines()[0]
+    write_whole(to, "\n".join([head, *(line for table in tables for line in table.splitlines()[1:])]) + "\n")
+    return found
+
+
+def _run(binary: Path, url: str, data: Path, load: Sequence[str], seconds: float, agree: int) -> str | None:
+    """Run perf_analyzer once; return its CSV, or None if three windows in a row do not agree within `agree` percent."""
+    table = data.with_name("table.csv")
+    table.unlink(missing_ok=True)
+    command = [
+        str(binary), "-m", ENSEMBLE, "-i", "grpc", "-u", url, "--input-data", str(data), "-f", str(table), "--async",
+        "--measurement-interval", str(round(1000 * seconds)), "--max-trials", str(TRIALS),
+        "--stability-percentage", str(agree), *load,
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, env=environment(binary.parent), capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(f"perf_analyzer did not end within {LIMIT} s under {' '.join(load)}") from error
+    if table.is_file():
+        return table.read_text().strip()
+    if UNSTABLE in done.stdout + done.stderr:
+        return None
+    said = (done.stderr.strip() or done.stdout.strip() or "no reason was given").splitlines()[-1]
+    raise ServerError(f"perf_analyzer failed under {' '.join(load)}: {said}")
 
 
 def rows(content: str) -> list[dict[str, float]]:

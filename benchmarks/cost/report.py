@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.cost.footprint import PARTS
+from benchmarks.cost.perf import AGREE
 from espalier.files import write_whole
 from espalier.scheduling import Scheduling
 from training.plots import INK, LINE, new_figure, write_figure
@@ -234,17 +235,21 @@ def _perf_analyzer(found: Mapping[str, Any]) -> list[str]:
     if "missing" in found:
         return [*lines, f"Not measured: {found['missing']}."]
     rows = [
-        (NAMES[way], name, f"{row['load']:g}", f"{row['texts_per_second']:.1f}", _ms(row["p50"]), _ms(row["p99"]))
+        (
+            NAMES[way], name, f"{row['load']:g}", f"{row['texts_per_second']:.1f}", _ms(row["p50"]), _ms(row["p99"]),
+            "" if row["stable"] else "not stable",
+        )
         for way, sweeps in found.items()
         for name, rows in sweeps.items()
         for row in rows
-    ]
+    ]  # fmt: skip
     return [
         *lines,
         "NVIDIA's own load generator on the same servers, all outputs; its CSV is in `docs/perf_analyzer/`. The load "
-        "is requests under way, or texts per second at random moments (Poisson).",
+        "is requests under way, or texts per second at random moments (Poisson). Where it is not stable, "
+        f"windows differed by more than {AGREE} %.",
         "",
-        *_table(("", "sweep", "load", "texts/s", "P50", "P99"), rows),
+        *_table(("", "sweep", "load", "texts/s", "P50", "P99", ""), rows),
     ]
 
 

@@ -31,8 +31,9 @@ BUCKETS = (16, 32, 64, 128)
 """Lengths to which is padded, in tokens; longer texts are cut."""
 PADDED = "padded_tokenizer"
 IDS = ("input_ids", "token_type_ids", "attention_mask")
-CONCURRENCY = 32
-"""Requests under way where throughput is measured."""
+CONCURRENCY = 64
+"""Requests under way where throughput is measured: so many that every way has whole batches to take."""
+BATCHES = (8, 16)
 MARGIN = 1.05
 """How much faster a scheduling must be to be taken instead of one that was tried before: less is noise."""
 FIRST = Scheduling(threads=available_cores(), instances=1, batch=0, delay=0)
@@ -117,7 +118,7 @@ def fastest_scheduling(
     halves = Scheduling.default(cores)
     whole = halves.model_copy(update={"threads": cores, "instances": 1})
     alone = halves.model_copy(update={"threads": 1, "instances": 1})
-    tries = dict.fromkeys(each.model_copy(update={"batch": n}) for each in (halves, whole, alone) for n in (8, 0))
+    tries = dict.fromkeys(each.model_copy(update={"batch": n}) for each in (halves, whole, alone) for n in BATCHES)
     rates: dict[Scheduling, float] = {}
     for scheduling in filter(models.fits, tries):
         with models.copy(scheduling) as folder, served(folder, log) as server:
