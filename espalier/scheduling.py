@@ -43,7 +43,7 @@ class Scheduling(BaseModel):
     def default(cls, cores: int, threads: int | None = None) -> Self:
         """Return what is good on `cores` cores, with so many `threads`, before `espalier tune` has looked."""
         threads = threads or max(1, cores // 2)
-        return cls(threads=threads, instances=max(1, min(2, cores // threads)), batch=8, delay=0)
+        return cls(threads=threads, instances=max(1, min(2, cores // threads)), batch=16, delay=0)
 
     def write_to(self, config: pb.ModelConfig) -> None:
         """Set them in the config of a model."""

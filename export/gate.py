@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from espalier.branch import BranchCard
-from espalier.contract import BELOW, Kind
+from espalier.contract import Kind
 from espalier.encoder import Base
 from espalier.errors import DataError, ExportError
 from export.check import Array
-from export.session import session
+from export.session import session, states
 
 POINTS = 0.5
 """How much lower than in FP32 the dev metric may be, in points of a hundred."""
@@ -59,12 +59,7 @@ def quantized_score(
             for name in ("input_ids", "token_type_ids")
         )
         lengths = np.array([[len(features[row]["input_ids"])] for row in rows], np.int32)
-        feed = {"input_ids": ids, "token_type_ids": types, "length": lengths, "shape": lengths}
-        for segment in segments:
-            hidden = segment.run(None, feed)[0]  # [P,H]
-            shape = np.hstack([lengths, np.full_like(lengths, hidden.shape[1])])
-            feed = {BELOW: hidden.reshape(-1), "length": lengths, "shape": shape}
-        feed["hidden"] = feed.pop(BELOW)
+        *_, feed = states(segments, ids, types, lengths)
         answered = head.run(None, {**feed, **({"input_ids": ids} if takes_ids else {})})[0]
         ends = np.cumsum(lengths)[:-1]
         parts = np.split(answered, ends) if spec.kind is Kind.TAGGING else answered

@@ -52,8 +52,8 @@ def test_the_best_of_all_settings_is_found_and_written(tuner: Callable[..., Tune
     asked: list[Scheduling] = []
     heads = {path: (path / "config.pbtxt").read_bytes() for path in own.glob("head_*")}
     before = Repository(own).scheduling()
-    done = tuner(likes(threads=1, batch=16, delay=4_000), asked).run()
-    best = Scheduling(threads=1, instances=4, batch=16, delay=4_000)
+    done = tuner(likes(threads=1, batch=8, delay=4_000), asked).run()
+    best = Scheduling(threads=1, instances=4, batch=8, delay=4_000)
     assert (done.before.scheduling, done.after.scheduling, done.written, done.complete) == (before, best, True, True)
     assert {Scheduling.read(read_config(path)) for path in own.glob("trunk_*")} == {best}
     assert heads == {path: (path / "config.pbtxt").read_bytes() for path in own.glob("head_*")}
@@ -84,7 +84,7 @@ def test_nothing_is_written_where_nothing_is_faster(tuner: Callable[..., Tuner],
 def test_what_won_by_chance_is_not_written(tuner: Callable[..., Tuner], own: Path, again: float) -> None:
     """The first look favours another scheduling by far, the turns in the end by no more than noise."""
     before = Repository(own).scheduling()
-    lucky = Scheduling(threads=4, instances=1, batch=8, delay=0)
+    lucky = before.model_copy(update={"threads": 4, "instances": 1})
     asked: list[Scheduling] = []
 
     def rate(scheduling: Scheduling) -> float:
@@ -116,7 +116,7 @@ def test_a_scheduling_that_cannot_be_served_is_passed_over(tuner: Callable[..., 
     def rate(scheduling: Scheduling) -> float:
         if scheduling.threads == 4:
             raise ServerError("out of memory")
-        return likes(1, 16, 0)(scheduling)
+        return likes(1, 8, 0)(scheduling)
 
     done = tuner(rate, []).run()
     assert done.after.scheduling.threads == 1
@@ -127,13 +127,13 @@ def test_a_repository_that_cannot_be_written_is_told_first(tuner: Callable[..., 
     asked: list[Scheduling] = []
     own.with_name("models.tune.json").mkdir()
     with pytest.raises(ServerError, match=r"models\.tune\.json cannot be written"):
-        tuner(likes(1, 16, 0), asked).run()
+        tuner(likes(1, 8, 0), asked).run()
     assert not asked
 
 
 def test_time_is_up(tuner: Callable[..., Tuner], own: Path) -> None:
     asked: list[Scheduling] = []
-    done = tuner(likes(1, 16, 4_000), asked, budget=0).run()
+    done = tuner(likes(1, 8, 4_000), asked, budget=0).run()
     assert len(asked) == 1, "what is deployed is always measured"
     assert (done.complete, done.written) == (False, False)
 
@@ -144,19 +144,19 @@ def test_an_interrupted_run_goes_on(tuner: Callable[..., Tuner], own: Path) -> N
     def interrupted(scheduling: Scheduling) -> float:
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return likes(1, 16, 0)(scheduling)
+        return likes(1, 8, 0)(scheduling)
 
     with pytest.raises(KeyboardInterrupt):
         tuner(interrupted, asked).run()
     kept = own.with_name("models.tune.json").read_bytes()
     again: list[Scheduling] = []
-    done = tuner(likes(1, 16, 0), again).run()
+    done = tuner(likes(1, 8, 0), again).run()
     assert not {*asked[:3]} & {*again[:-4]}, "what was measured is not measured again, the turns in the end aside"
     assert {trial.scheduling for trial in done.trials} == {*asked, *again}
     assert not own.with_name("models.tune.json").exists(), "when all is done, another run measures anew"
     own.with_name("models.tune.json").write_bytes(kept)
     others: list[Scheduling] = []
-    tuner(likes(1, 16, 0), others, texts=("another",)).run()
+    tuner(likes(1, 8, 0), others, texts=("another",)).run()
     assert len({*others}) > 6, "trials on other texts are of no use"
 
 
@@ -165,7 +165,7 @@ def test_a_copy_that_would_not_fit_into_memory_is_not_tried(
 ) -> None:
     asked: list[Scheduling] = []
     monkeypatch.setattr(tune, "WEIGHTS", 1e12)
-    tuner(likes(1, 16, 0), asked).run()
+    tuner(likes(1, 8, 0), asked).run()
     assert {(one.threads, one.instances) for one in asked} == {(2, 1)}
 
 

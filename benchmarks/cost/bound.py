@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from espalier.configs import read_config
 from espalier.contract import ENSEMBLE, MODEL_FILE, HeadInfo, TrunkInfo
 from espalier.scheduling import available_cores
-from export.session import session
+from export.session import session, states
 
 BATCHES = (8, 16, 32)
 
@@ -34,23 +34,19 @@ class Models:
         heads = [HeadInfo.read(read_config(repository / name)) for name in steps if name.startswith("head_")]
         self._heads = [(head.tap, load(head.model)) for head in heads if head.task in tasks]
         deepest = max(tap for tap, _ in self._heads)
-        trunk = [TrunkInfo.read(read_config(repository / name)) for name in steps if name.startswith("trunk_")]
-        self._trunk = [(info.stop, load(info.model)) for info in trunk if info.stop <= deepest]
-        self._size = trunk[0].hidden_size
+        trunk = (TrunkInfo.read(read_config(repository / name)) for name in steps if name.startswith("trunk_"))
+        upwards = sorted((info for info in trunk if info.stop <= deepest), key=lambda info: info.stop)
+        self._trunk = {info.stop: load(info.model) for info in upwards}
 
     def run(self, ids: Sequence[Sequence[int]]) -> None:
         """Answer a batch of texts, given as token ids."""
         lengths = np.array([[len(row)] for row in ids], np.int32)
-        shared = {"length": lengths, "shape": lengths}
         flat = np.concatenate([np.array(row, np.int64) for row in ids])
-        inputs = {"input_ids": flat, "token_type_ids": np.zeros_like(flat)}
-        for stop, segment in self._trunk:
-            hidden = segment.run(None, {**inputs, **shared})[0].reshape(-1)
-            shared["shape"] = np.concatenate([lengths, np.full_like(lengths, self._size)], axis=1)
-            inputs = {"hidden_below": hidden}
+        reached = states(self._trunk.values(), flat, np.zeros_like(flat), lengths)
+        for stop, feed in zip(self._trunk, reached, strict=True):
             for tap, head in self._heads:
                 if tap == stop:
-                    head.run(None, {"hidden": hidden, **shared})
+                    head.run(None, feed)
 
 
 @dataclass(frozen=True)
