@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from espalier import __version__, show
 from espalier.contract import HeadInfo, Target
 from espalier.errors import EspalierError, RequestError, SpecError
-from espalier.repository import Repository, cores_counted, told_scheduling
+from espalier.repository import Repository, cores_counted, find_scheduling
 from espalier.scheduling import available_cores
 
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ def serve(
     from serving.triton import TritonServer
 
     store = _live(repository, live)
-    scheduling = told_scheduling(repository)
+    scheduling = find_scheduling(repository)
     if scheduling is not None:
         show.scheduling(scheduling, available_cores())
     server = TritonServer(

@@ -81,8 +81,8 @@ class Repository:
         return sorted(path for path in self.path.glob(f"{head_name('*')}") if path.is_dir())
 
 
-def told_scheduling(path: Path) -> Scheduling | None:
-    """Return how the trunk of the repository at `path` runs, None also if it cannot be read: who loads it says why."""
+def find_scheduling(path: Path) -> Scheduling | None:
+    """Return how the trunk of the repository at `path` runs, None if it does not tell; who loads it says why."""
     try:
         return Repository(path).scheduling()
     except ContractError:

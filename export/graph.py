@@ -174,7 +174,16 @@ class Graph:
         )  # fmt: skip
 
     def _proto(self) -> onnx.GraphProto:
-        return helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, self._weights)
+        """Return the graph without what no output needs: ONNX Runtime would compute it."""
+        needed = {output.name for output in self._outputs}
+        nodes: list[onnx.NodeProto] = []
+        for node in reversed(self._nodes):
+            if not needed.isdisjoint(node.output):
+                nodes.append(node)
+                needed.update(node.input)
+                needed.update(name for part in node.attribute for inner in part.g.node for name in inner.input)
+        weights = [weight for weight in self._weights if weight.name in needed]
+        return helper.make_graph(nodes[::-1], self.name, self._inputs, self._outputs, weights)
 
     def serialize(self) -> bytes:
         """Return the checked model; equal graphs give equal bytes."""

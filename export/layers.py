@@ -25,16 +25,16 @@ def packed_layer(graph: Graph, name: str, layer: Layer, hidden: str, layout: Lay
     value = g.linear(f"{name}.value", hidden, layer.value)
 
     def attend(grid: Grid) -> str:
-        cells = grid.cells(g, layout.packed_starts)  # [B,S]
+        cells = grid.cells(g, layout.packed_starts)  # [B',S']
 
         def split(x: str, order: list[int]) -> str:
-            cut = g.op("Reshape", g.op("Gather", x, cells, axis=0), g.ints(0, 0, heads, width))  # [B,S,A,d]
+            cut = g.op("Reshape", g.op("Gather", x, cells, axis=0), g.ints(0, 0, heads, width))  # [B',S',A,d]
             return g.op("Transpose", cut, perm=order)
 
-        scores = g.op("MatMul", split(query, [0, 2, 1, 3]), split(key, [0, 2, 3, 1]))  # [B,A,S,S]
+        scores = g.op("MatMul", split(query, [0, 2, 1, 3]), split(key, [0, 2, 3, 1]))  # [B',A,S',S']
         scores = g.op("Add", scores, g.op("Unsqueeze", grid.mask, g.ints(1)))
-        attended = g.op("MatMul", g.op("Softmax", scores, axis=-1), split(value, [0, 2, 1, 3]))  # [B,A,S,d]
-        return g.op("Reshape", g.op("Transpose", attended, perm=[0, 2, 1, 3]), g.ints(-1, size))  # [B·S,H]
+        attended = g.op("MatMul", g.op("Softmax", scores, axis=-1), split(value, [0, 2, 1, 3]))  # [B',A,S',d]
+        return g.op("Reshape", g.op("Transpose", attended, perm=[0, 2, 1, 3]), g.ints(-1, size))  # [B'·S',H]
 
     rows = g.op("Concat", *map(attend, layout.grids), axis=0)
     return _finish(g, name, layer, hidden, g.op("Gather", rows, layout.flat, axis=0))
@@ -72,16 +72,16 @@ def folded_layer(
     probe = g.op("Reshape", by_head(query, "key", key), g.ints(-1, heads, size))  # [B,A,H]
 
     def attend(grid: Grid) -> str:
-        tokens = g.op("Gather", hidden, grid.cells(g, starts), axis=0)  # [B,S,H]
+        tokens = g.op("Gather", hidden, grid.cells(g, starts), axis=0)  # [B',S',H]
         if below is not None:
-            others = g.op("Slice", tokens, g.ints(1), g.ints(2**31 - 1), g.ints(1))  # [B,S-1,H]
+            others = g.op("Slice", tokens, g.ints(1), g.ints(2**31 - 1), g.ints(1))  # [B',S'-1,H]
             own = g.op("Gather", below, grid.items, axis=0)
             tokens = g.op("Concat", g.op("Unsqueeze", own, g.ints(1)), others, axis=1)
-        probes = g.op("Transpose", g.op("Gather", probe, grid.items, axis=0), perm=[0, 2, 1])  # [B,H,A]
-        scores = g.op("Transpose", g.op("MatMul", tokens, probes), perm=[0, 2, 1])  # [B,A,S]
-        return g.op("MatMul", g.op("Softmax", g.op("Add", scores, grid.mask), axis=-1), tokens)  # [B,A,H]
+        probes = g.op("Transpose", g.op("Gather", probe, grid.items, axis=0), perm=[0, 2, 1])  # [B',H,A]
+        scores = g.op("Transpose", g.op("MatMul", tokens, probes), perm=[0, 2, 1])  # [B',A,S']
+        return g.op("MatMul", g.op("Softmax", g.op("Add", scores, grid.mask), axis=-1), tokens)  # [B',A,H]
 
-    mixed = g.op("Gather", g.op("Concat", *map(attend, layout.grids), axis=0), layout.order, axis=0)
+    mixed = g.op("Gather", g.op("Concat", *map(attend, layout.grids), axis=0), layout.order, axis=0)  # [B,A,H]
     value = layer.value.weight.view(heads, width, size).transpose(1, 2)  # [A,H,d]
     attended = by_head(g.op("Reshape", mixed, g.ints(-1, heads * size)), "value", value)  # [B,H]
     attended = g.op("Add", attended, g.weight(f"{name}.value.bias", layer.value.bias))

@@ -1,4 +1,4 @@
-"""Where the tokens of a ragged batch lie: in the flat input, packed, and in the grid that attention needs.
+"""Where the tokens of a ragged batch lie: in the flat input, packed, and in the grids that attention needs.
 
 Triton concatenates the flattened tensors of all requests (ragged batching). A request of several texts is padded to
 its own longest, so an item has a width (its row in the flat input) and a length (its real tokens). Everything but
@@ -46,8 +46,8 @@ def declare(graph: Graph, item_dims: int, grids: int) -> Layout:
     """Add the inputs `length` [B,1] and `shape` [B,`item_dims`], and the index tensors made of them.
 
     Of the `grids`, the first has the items longer than a half of the longest one, the next the rest of those longer
-    than a quarter, and so on; the last has what is left. So what attention computes for pads is bounded, however much
-    longer one text of a batch is than the others.
+    than a quarter, and so on: in these an item fills more than a half of its places. The last grid has what is left,
+    all items if it is the only one, and is as wide as the longest of them.
     """
     g = graph
     length = g.input("length", INT32, ["items", 1])

@@ -27,7 +27,7 @@ def states(
     segments: Iterable[onnxruntime.InferenceSession], ids: npt.NDArray[Any], types: npt.NDArray[Any],
     lengths: npt.NDArray[Any],
 ) -> Iterator[Feed]:  # fmt: skip
-    """Run the segments of a trunk one after the other; yield after each what a head on it takes.
+    """Run the segments of a trunk one after the other; yield after each what a head on it takes, but for ids.
 
     `ids` and `types` [T] are those of all items, one after the other without pads; `lengths` is [B,1].
     """

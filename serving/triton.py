@@ -19,7 +19,7 @@ from typing import Literal, Self
 
 from espalier.contract import ENSEMBLE
 from espalier.errors import ServerError
-from espalier.repository import cores_counted, told_scheduling
+from espalier.repository import cores_counted, find_scheduling
 from espalier.scheduling import CORES
 from serving import guard
 from serving.triton_log import failure, last_lines
@@ -66,7 +66,7 @@ class TritonServer:
         self.ready_model = ready_model
         self.model_control = model_control
         self.load_models = tuple(load_models)
-        self.cores = cores_counted(told_scheduling(repository)) if cores is None else cores
+        self.cores = cores_counted(find_scheduling(repository)) if cores is None else cores
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None

@@ -19,7 +19,7 @@ from espalier.configs import read_config, write_config
 from espalier.contract import ENSEMBLE, HeadInfo, Target
 from espalier.encoder import Base
 from espalier.errors import CheckpointError, ContractError, ExportError, FingerprintError
-from espalier.repository import Repository, check_head, cores_counted, told_scheduling
+from espalier.repository import Repository, check_head, cores_counted, find_scheduling
 from espalier.scheduling import Scheduling, available_cores
 from export.gate import Quantized, quantized_score
 from export.models import head_model, segment_model
@@ -334,10 +334,10 @@ def test_a_trunk_that_tells_no_threads_is_scheduled_anew(run, repository: Path, 
 
 
 def test_a_server_may_hand_out_the_cores_that_a_segment_takes(base: Base, repository: Path, branches) -> None:
-    assert cores_counted(told_scheduling(repository)) == available_cores()
-    assert cores_counted(told_scheduling(repository.parent / "nowhere")) == available_cores()
+    assert cores_counted(find_scheduling(repository)) == available_cores()
+    assert cores_counted(find_scheduling(repository.parent / "nowhere")) == available_cores()
     export([branches["intent"]], repository, scheduling={"threads": 99}, load=lambda name, revision: base)
-    assert cores_counted(told_scheduling(repository)) == 99
+    assert cores_counted(find_scheduling(repository)) == 99
 
 
 def test_a_base_that_moved_is_found_where_one_says(

@@ -140,11 +140,37 @@ def test_attention_sees_items_in_grids_of_about_their_length(
     lengths: list[int], grids: int, shapes: list[list[int]]
 ) -> None:
     graph = Graph("grids", np.float32)
-    for index, grid in enumerate(declare(graph, 1, grids).grids):
+    layout = declare(graph, 1, grids)
+    for index, grid in enumerate(layout.grids):
         graph.output(f"shape_{index}", graph.op("Shape", grid.valid), INT64, [2])
+    items = graph.op("Concat", *(grid.items for grid in layout.grids), axis=0)
+    graph.output("sorted_back", graph.op("Gather", items, layout.order), INT64, ["items"])
+    graph.output("flat", layout.flat, INT64, ["tokens"])
+    graph.output("source", layout.source, INT64, ["tokens"])
     count = np.array(lengths, np.int32)[:, None]
-    found = onnxruntime.InferenceSession(graph.serialize()).run(None, {"length": count, "shape": count})
+    widths = count + np.arange(len(lengths), dtype=np.int32)[:, None]  # rows of a request of longer texts
+    *found, back, flat, source = onnxruntime.InferenceSession(graph.serialize()).run(
+        None, {"length": count, "shape": widths}
+    )
     assert [list(shape) for shape in found] == shapes
+    assert list(back) == list(range(len(lengths)))
+    assert len(set(flat)) == len(flat) == sum(lengths), "a place is one token's"
+    assert flat.max() < sum(items * places for items, places in shapes)
+    starts = np.cumsum(widths) - widths.ravel()
+    assert list(source) == [start + at for start, length in zip(starts, lengths, strict=True) for at in range(length)]
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("target", list(Target))
+@pytest.mark.parametrize("layers", [0, 2])
+def test_nothing_is_computed_that_no_output_needs(kind: Kind, target: Target, layers: int) -> None:
+    trunk = encoder()
+    head = head_model(branch_of(trunk, kind, layers, 1 if kind is Kind.REGRESSION else 3), "task", target)
+    for model in (head, segment_model(trunk, 0, 1, target), segment_model(trunk, 1, 2, target)):
+        graph = onnx.load_from_string(model).graph
+        used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+        assert all(used.intersection(node.output) for node in graph.node)
+        assert {weight.name for weight in graph.initializer} <= used
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (8, 8), (24, 3)], ids=lambda sizes: f"H{sizes[0]}-A{sizes[1]}")

@@ -122,22 +122,19 @@ class _Bench:
         show.messages.print(line, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def _served(self, way: str) -> Iterator[TritonServer]:
-        with ways.served(self._built.repositories[way], LOGS / f"bench-{way}.log") as server:
-            yield server
-
-    @contextlib.contextmanager
-    def _started(self, way: str, footprint: dict[str, dict[str, float]]) -> Iterator[TritonServer]:
-        """Serve as `_served` does, and note how long the start took."""
+    def _served(self, way: str, footprint: dict[str, dict[str, float]] | None = None) -> Iterator[TritonServer]:
+        """Serve, warmed up; note in `footprint` how long the start took."""
         began = time.perf_counter()
-        with self._served(way) as server:
-            footprint.setdefault(way, {})["start_seconds"] = round(time.perf_counter() - began, 1)
+        with ways.served(self._built.repositories[way], LOGS / f"bench-{way}.log") as server:
+            if footprint is not None:
+                footprint.setdefault(way, {})["start_seconds"] = round(time.perf_counter() - began, 1)
+            self._warm_up(Asked(server.grpc_url, ENSEMBLE, ways.TASKS))
             yield server
 
-    def _warm_up(self, way: str, server: TritonServer) -> None:
+    def _warm_up(self, server: Server) -> None:
         """Let a window pass that does not count: the first one after a start is up to a tenth slower."""
-        with show.waiting(f"warming up: {way}"):
-            closed_loop(Asked(server.grpc_url, ENSEMBLE, ways.TASKS), self._mixed, ways.CONCURRENCY, self._seconds / 2)
+        with show.waiting("warming up"):
+            closed_loop(server, self._mixed, ways.CONCURRENCY // 4, self._seconds / 2)
 
     def _window(self, way: str) -> float:
         return self._seconds * (SLOW if way == "today" else 1)
@@ -151,9 +148,12 @@ class _Bench:
             best = ways.fastest_scheduling(self._built.repositories[way], self._mixed, self._window(way), log, report)
         return best.model_dump()
 
-    def _python(self, workers: int) -> contextlib.AbstractContextManager[Server]:
-        built = self._built
-        return python_server.running(built.base, built.branches, self._size.trunk, workers, LOGS / "bench-python.log")
+    @contextlib.contextmanager
+    def _python(self, workers: int) -> Iterator[Server]:
+        built, log = self._built, LOGS / "bench-python.log"
+        with python_server.running(built.base, built.branches, self._size.trunk, workers, log) as server:
+            self._warm_up(server)
+            yield server
 
     def _workers(self) -> int:
         rates = {}
@@ -182,13 +182,12 @@ class _Bench:
         with contextlib.ExitStack() as stack:
             servers: dict[str, TritonServer] = {}
             for way in ("ours", "ours_int8", "paper"):
-                servers[way] = stack.enter_context(self._started(way, footprint))
-                self._warm_up(way, servers[way])
+                servers[way] = stack.enter_context(self._served(way, footprint))
 
             # These two are there for their own windows alone: eight full models leave the others less memory, in
             # smaller pages, and idle workers of the Python server take from their cores.
             def today() -> float:
-                with self._started("today", footprint) as server:
+                with self._served("today", footprint) as server:
                     rate = load(Asked(server.grpc_url, ENSEMBLE, ways.TASKS), seconds=self._window("today"))
                     footprint["today"]["memory_mib"] = _memory(server)
                 return rate
@@ -249,14 +248,12 @@ class _Bench:
     def _ablations(self) -> dict[str, dict[str, Any]]:
         rates: dict[str, dict[str, list[float]]] = {way: {name: [] for name in ASKED} for way in ABLATIONS}
         with contextlib.ExitStack() as stack:
-            servers = {way: stack.enter_context(self._served(way)) for way in ABLATIONS}
-            for way, server in servers.items():
-                self._warm_up(way, server)
+            urls = {way: stack.enter_context(self._served(way)).grpc_url for way in ABLATIONS}
             for number in range(self._rounds):
                 for name, tasks in ASKED.items():
-                    for way, server in servers.items():
+                    for way, url in urls.items():
                         with show.waiting(f"ablations, round {number + 1} of {self._rounds}: {way}, {name}"):
-                            asked = Asked(server.grpc_url, ENSEMBLE, tasks)
+                            asked = Asked(url, ENSEMBLE, tasks)
                             rate = closed_loop(asked, self._mixed, ways.CONCURRENCY, self._seconds).rate
                         rates[way][name].append(rate)
                         self._say(f"{number + 1}/{self._rounds} {way}, {name}: {rate:.1f} texts/s")
@@ -268,7 +265,6 @@ class _Bench:
         loads: list[dict[str, float]] = []
         with self._served(way) as server:
             asked = Asked(server.grpc_url, ENSEMBLE, ways.TASKS)
-            self._warm_up(way, server)
             for number, part in enumerate(LOADS):
                 with show.waiting(f"latency of {way} at {part:.0%} of its highest rate"):
                     window = open_loop(asked, self._mixed, part * top, 1.5 * self._window(way), seed=number)

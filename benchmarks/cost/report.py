@@ -247,7 +247,7 @@ def _perf_analyzer(found: Mapping[str, Any]) -> list[str]:
         *lines,
         "NVIDIA's own load generator on the same servers, all outputs; its CSV is in `docs/perf_analyzer/`. The load "
         "is requests under way, or texts per second at random moments (Poisson). Where it is not stable, "
-        f"windows differed by more than {AGREE} %.",
+        f"windows differed by more than {AGREE} %, as random arrivals do by themselves where a window has few.",
         "",
         *_table(("", "sweep", "load", "texts/s", "P50", "P99", ""), rows),
     ]

@@ -34,6 +34,7 @@ IDS = ("input_ids", "token_type_ids", "attention_mask")
 CONCURRENCY = 64
 """Requests under way where throughput is measured: so many that every way has whole batches to take."""
 BATCHES = (16, 8)
+"""Items in a batch that are tried; without a bound the first instance takes all that waits, and the next idles."""
 MARGIN = 1.05
 """How much faster a scheduling must be to be taken instead of one that was tried before: less is noise."""
 FIRST = Scheduling(threads=available_cores(), instances=1, batch=0, delay=0)
