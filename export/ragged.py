@@ -31,12 +31,12 @@ class Grid:
 class Layout:
     """Names of index tensors in a graph, and the grids in which attention sees the items, each item in one of them."""
 
-    lengths: str  # [B]
     starts: str  # [B] position of each item's first token in the flat input
     packed_starts: str  # [B] the same among the packed tokens
     item: str  # [T] index of each packed token's item
     source: str  # [T] position of each packed token in the flat input
     position: str  # [T] position of each packed token in its item
+    whole: Grid  # all items
     grids: tuple[Grid, ...]
     order: str  # [B] position of each item among those of all grids
     flat: str  # [T] position of each packed token among the places of all grids
@@ -55,9 +55,8 @@ def declare(graph: Graph, item_dims: int, grids: int) -> Layout:
     lengths = g.cast(g.op("Reshape", length, g.ints(-1)), INT64)  # [B]
     widths = g.cast(g.op("Gather", shape, g.integer(0), axis=1), INT64)  # [B]
     longest = g.op("ReduceMax", lengths, keepdims=0)
-    steps = g.op("Range", g.integer(0), longest, g.integer(1))  # [S]
-    valid = g.op("Less", g.op("Unsqueeze", steps, g.ints(0)), g.op("Unsqueeze", lengths, g.ints(1)))  # [B,S]
-    where = g.op("NonZero", valid)  # [2,T]
+    whole = _grid(g, g.op("Range", g.integer(0), g.op("Size", lengths), g.integer(1)), lengths, longest)
+    where = g.op("NonZero", whole.valid)  # [2,T]
     item, position = (g.op("Gather", where, g.integer(row), axis=0) for row in (0, 1))  # [T]
     starts = g.op("CumSum", widths, g.integer(0), exclusive=1)
 
@@ -82,25 +81,20 @@ def declare(graph: Graph, item_dims: int, grids: int) -> Layout:
         items_before = g.op("Add", items_before, count)
         places_before = g.op("Add", places_before, g.op("Mul", count, width))
     return Layout(
-        lengths=lengths,
         starts=starts,
         packed_starts=g.op("CumSum", lengths, g.integer(0), exclusive=1),
         item=item,
         source=g.op("Add", g.op("Gather", starts, item), position),
         position=position,
+        whole=whole,
         grids=tuple(made),
         order=order,
         flat=g.op("Add", g.op("Gather", begins, item), position),
     )
 
 
-def whole(graph: Graph, layout: Layout) -> Grid:
-    """Add one grid of all items."""
-    items = graph.op("Range", graph.integer(0), graph.op("Size", layout.lengths), graph.integer(1))
-    return _grid(graph, items, layout.lengths, graph.op("ReduceMax", layout.lengths, keepdims=0))
-
-
 def _grid(g: Graph, items: str, lengths: str, width: str) -> Grid:
+    """Add the grid of `items` [B'], whose lengths are `lengths` [B'] and the longest `width`."""
     steps = g.op("Range", g.integer(0), width, g.integer(1))
     valid = g.op("Less", g.op("Unsqueeze", steps, g.ints(0)), g.op("Unsqueeze", lengths, g.ints(1)))
     # -1e4 also fits FP16, and the softmax of it is 0 in either precision

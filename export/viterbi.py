@@ -16,7 +16,7 @@ from torch import nn
 from espalier.crf import CRF, NO_WORD, SMALLEST
 from espalier.errors import ExportError
 from export.graph import BOOL, DOUBLE, FLOAT, INT64, Graph
-from export.ragged import Layout, whole
+from export.ragged import Layout
 
 Words = npt.NDArray[np.bool_]
 """[V]: whether a token of the vocabulary begins a word."""
@@ -51,9 +51,8 @@ def best_path(graph: Graph, crf: CRF, output: nn.Linear, words: Words, hidden: s
     g = graph
     start, transitions, end = (scores.detach().cpu().numpy() for scores in crf.scores())
     begins = g.op("Gather", g.constant(words), g.op("Gather", ids, layout.source, axis=0), axis=0)  # [T]
-    grid = whole(g, layout)
-    cells = grid.cells(g, layout.packed_starts)  # [B,S]
-    marks = g.op("And", g.op("Gather", begins, cells, axis=0), grid.valid)  # [B,S]
+    cells = layout.whole.cells(g, layout.packed_starts)  # [B,S]
+    marks = g.op("And", g.op("Gather", begins, cells, axis=0), layout.whole.valid)  # [B,S]
     number = g.cast(marks, INT64)
     counts = g.op("ReduceSum", number, g.ints(1), keepdims=0)  # [B] words of each item
     rank = g.op("CumSum", number, g.integer(1), exclusive=1)  # [B,S] words before each token
