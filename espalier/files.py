@@ -42,6 +42,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
         raise
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed writers left in `folder`; the caller sees to it that nobody else writes there."""
+    for left in folder.glob(".*.????????"):  # the names that tempfile gives
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `target` if the block ends well, and vanishes if it does not.

@@ -177,6 +177,23 @@ def test_a_stopped_search_goes_on_to_the_same_end(spec: TaskSpec, tiny: Base, tm
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_what_a_kill_leaves_of_a_file_is_cleared_away(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(spec, tiny, out, GRID[:1])
+    before = content(out)
+    kill = (
+        "import os; from pathlib import Path; from unittest import mock; from espalier import files\n"
+        "with mock.patch('os.replace', lambda *paths: os._exit(9)): files.write_whole(Path({file!r}), 'text')"
+    )
+    for file in (out / "search.json", out / "trials" / f"{GRID[0].name}.json"):
+        assert subprocess.run([sys.executable, "-c", kill.format(file=str(file))]).returncode == 9
+    (out / ".l1.abcd_123").mkdir()
+    assert len(content(out)) == len(before) + 2
+    run(spec, tiny, out, GRID[:1])
+    assert content(out) == before
+    assert not (out / ".l1.abcd_123").exists()
+
+
 def test_a_trial_of_other_data_is_run_again(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
     run(spec, tiny, tmp_path / "out", GRID[:1])
     with (tmp_path / "train.jsonl").open("a") as file:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from espalier.branch import CARD_FILE, BranchCard, Teacher, check_trunk, foldable, load_branch, write_branch
 from espalier.encoder import Base
 from espalier.errors import BranchError, SearchError, SpecError, TrainingError
-from espalier.files import locked, write_whole
+from espalier.files import clear_unfinished, locked, write_whole
 from espalier.spec import TaskSpec
 from training.activations import ActivationCache
 from training.data import load_data
@@ -36,6 +36,7 @@ from training.plots import box_plot
 from training.trainer import Arguments, Progress
 
 REPORT_FILE, PAGE_FILE = "search.json", "search.md"
+TRIALS = "trials"
 
 
 class Finished(BaseModel):
@@ -211,6 +212,8 @@ def _own(out: Path) -> Iterator[None]:
         with locked(out / ".lock", wait=False) as alone:
             if not alone:
                 raise SearchError(f"another search works in {out}; wait for it, or give another --out")
+            for folder in (out, out / TRIALS):
+                clear_unfinished(folder)
             yield
     except OSError as error:
         raise SearchError(f"the search cannot be written to {out}: {error.strerror or error}") from error
@@ -331,13 +334,13 @@ class _Search:
         return lost
 
     def _file(self, trial: Trial) -> Path:
-        return self._out / "trials" / f"{trial.name}.json"
+        return self._out / TRIALS / f"{trial.name}.json"
 
     def _earlier(self) -> list[Trial]:
         """Take up what an earlier search with another grid finished here, of the same task, data and settings."""
         depth = self._base.config.num_hidden_layers if self._teacher is None else self._teacher.layers
         earlier = []
-        for file in sorted((self._out / "trials").glob("*.json")):
+        for file in sorted((self._out / TRIALS).glob("*.json")):
             finished = _read(file)
             if finished is None or (trial := finished.trial) in self._inputs:
                 continue
@@ -410,7 +413,7 @@ def searched_scores(branch: Path, card: BranchCard) -> tuple[float, ...]:
 
     Empty if the folder lies in no search, or is not of one of the search's finished trials.
     """
-    files = sorted((branch.resolve().parent / "trials").glob("*.json"))
+    files = sorted((branch.resolve().parent / TRIALS).glob("*.json"))
     trials = [finished for file in files if (finished := _read(file)) is not None]
     own = next((finished.trial for finished in trials if finished.inputs == card.inputs), None)
     if own is None:
