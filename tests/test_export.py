@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(base: Base):
     """Export with the base that is loaded already."""
 
@@ -45,11 +45,16 @@ def run(base: Base):
     return run
 
 
-@pytest.fixture
-def repository(run, branches: dict[str, Path], tmp_path: Path) -> Path:
-    path = tmp_path / "repository"
+@pytest.fixture(scope="module")
+def exported(run, branches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "repository"
     run([branches["intent"], branches["slots"]], path)
     return path
+
+
+@pytest.fixture
+def repository(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / "repository")
 
 
 def test_a_new_branch_changes_no_byte_of_another_head(run, repository: Path, branches: dict[str, Path]) -> None:

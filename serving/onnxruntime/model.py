@@ -1,6 +1,7 @@
 """The side of the backend that talks to Triton: one session per model instance, one run per batch."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from serving.onnxruntime.batching import Array, Request, gather, scatter
 from serving.onnxruntime.options import providers, refuse_unsupported, run_options, session_options
 from serving.onnxruntime.signature import check
 
+NICENESS = 5
+"""By how much the processes that compute stand back. Triton's own threads, which form batches and hand them on, come
+first where cores are short; else a batch starts before what has just arrived is in it."""
+
 _Answer = dict[str, Array] | Any  # outputs by name, or a pb_utils.TritonError: the stub adds it after the import
 
 
@@ -23,6 +28,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the model; what is wrong with it is raised as one sentence that Triton logs and hands on."""
+        os.nice(NICENESS)
         try:
             self._load(args)
         except EspalierError as error:
