@@ -18,6 +18,11 @@ THREADS = "intra_op_thread_count"
 CORES = "cores"
 """Name of the resource that the rate limiter counts."""
 
+PRIORITY = 1_000_000
+"""How often a step that takes no cores goes before one that does, by executions of the two (a larger number waits).
+The rate limiter offers free cores to one instance at a time, by executions so far × priority, and while that one waits
+nobody is let by: the tokenizer, which needs none, would wait for the cores of others, and they for its texts."""
+
 
 class Scheduling(BaseModel):
     """The settings of every trunk segment on a CPU."""
@@ -79,6 +84,7 @@ class Scheduling(BaseModel):
 def take_cores(config: pb.ModelConfig, count: int) -> None:
     """Let an instance of the model take `count` of the machine's cores while it computes."""
     limiter = config.instance_group[0].rate_limiter
+    limiter.priority = PRIORITY
     del limiter.resources[:]
     resource = limiter.resources.add(name=CORES, count=count)
     setattr(resource, "global", True)  # of the machine, not of a device; the name is a keyword of Python

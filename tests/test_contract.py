@@ -35,7 +35,7 @@ from espalier.contract import (
 )
 from espalier.errors import ContractError, FingerprintError
 from espalier.repository import Repository, check_head
-from espalier.scheduling import Scheduling
+from espalier.scheduling import PRIORITY, Scheduling
 
 SCHEDULING = Scheduling(threads=3, instances=2, batch=8, delay=0)
 PRINTS = {3: "3" * 64, 5: "5" * 64, 9: "9" * 64}
@@ -200,6 +200,13 @@ def test_threads_are_set_on_the_cpu_alone() -> None:
         for name in ("trunk", "next segment", "gpu trunk", "intent", "gpu head")
     }
     assert threads == {"trunk": "3", "next segment": "3", "gpu trunk": "", "intent": "1", "gpu head": ""}
+
+
+def test_the_tokenizer_does_not_wait_for_cores_that_others_wait_for() -> None:
+    priorities = {
+        name: CONFIGS[name]().instance_group[0].rate_limiter.priority for name in ("tokenizer", "trunk", "intent")
+    }
+    assert priorities == {"tokenizer": 0, "trunk": PRIORITY, "intent": PRIORITY}
 
 
 def test_on_a_cpu_every_step_takes_cores_and_on_a_gpu_none() -> None:
