@@ -42,9 +42,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
         raise
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; the caller sees to it that nobody else writes there."""
-    for left in folder.glob(".*.????????"):  # the names that tempfile gives
+def clear_unfinished(folder: Path, name: str) -> None:
+    """Remove what killed writers of `name`, a glob pattern, left in `folder`; nobody else may write there now."""
+    for left in folder.glob(f".{name}.????????"):  # the names that tempfile gives
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -19,9 +19,9 @@ CORES = "cores"
 """Name of the resource that the rate limiter counts."""
 
 PRIORITY = 1_000_000
-"""How often a step that takes no cores goes before one that does, by executions of the two (a larger number waits).
-The rate limiter offers free cores to one instance at a time, by executions so far × priority, and while that one waits
-nobody is let by: the tokenizer, which needs none, would wait for the cores of others, and they for its texts."""
+"""Of every step that takes cores. Waiting instances stand in the order of their executions so far × priority, and the
+rate limiter looks at the first alone: where its cores are not free, those behind it wait, too. The tokenizer, which
+takes none and has priority 1, must not stand there: all others wait for its texts."""
 
 
 class Scheduling(BaseModel):

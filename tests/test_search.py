@@ -188,9 +188,10 @@ def test_what_a_kill_leaves_of_a_file_is_cleared_away(spec: TaskSpec, tiny: Base
     for file in (out / "search.json", out / "trials" / f"{GRID[0].name}.json"):
         assert subprocess.run([sys.executable, "-c", kill.format(file=str(file))]).returncode == 9
     (out / ".l1.abcd_123").mkdir()
-    assert len(content(out)) == len(before) + 2
+    (out / ".app.settings").write_text("not ours")
+    assert len(content(out)) == len(before) + 3
     run(spec, tiny, out, GRID[:1])
-    assert content(out) == before
+    assert content(out) == before | {".app.settings": b"not ours"}
     assert not (out / ".l1.abcd_123").exists()
 
 

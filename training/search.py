@@ -212,8 +212,8 @@ def _own(out: Path) -> Iterator[None]:
         with locked(out / ".lock", wait=False) as alone:
             if not alone:
                 raise SearchError(f"another search works in {out}; wait for it, or give another --out")
-            for folder in (out, out / TRIALS):
-                clear_unfinished(folder)
+            for folder, name in ((out / TRIALS, "*.json"), (out, "l[0-9]*"), (out, "search.*"), (out, "*.png")):
+                clear_unfinished(folder, name)
             yield
     except OSError as error:
         raise SearchError(f"the search cannot be written to {out}: {error.strerror or error}") from error
