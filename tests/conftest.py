@@ -33,13 +33,6 @@ TASKS = {
 """Tap and layers by task; `urgency` alone needs the deeper segment."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together, where tests run in several processes, those that share the server, and those of a module."""
-    for item in items:
-        shared = "server" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("server" if shared else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def base() -> Base:
     return load_base(MINILM)
