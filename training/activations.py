@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from espalier.encoder import Base
 from espalier.errors import DataError
-from espalier.files import digest, locked, whole_folder
+from espalier.files import clear_unfinished, digest, locked, whole_folder
 from training.features import collate
 
 HIDDEN_FILE = "hidden.f16"  # [T,H], the tokens of all texts one after the other
@@ -98,8 +98,7 @@ class ActivationCache:
         lengths = np.array([len(feature["input_ids"]) for feature in features])
         starts = np.cumsum(lengths) - lengths
         needed = int(lengths.sum()) * size * 2
-        for stale in self.folder.glob(f".{target.name}.*"):
-            shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed
+        clear_unfinished(self.folder, target.name)
         self._check_room(needed, len(features), tap)
         with whole_folder(target) as growing:
             with (growing / HIDDEN_FILE).open("wb") as file:

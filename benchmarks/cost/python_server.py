@@ -27,6 +27,7 @@ from espalier.branch import load_branch
 from espalier.encoder import load_base
 from espalier.errors import ServerError
 from espalier.scheduling import available_cores
+from serving.guard import kill_group
 from serving.triton import free_ports
 
 BATCH = 32
@@ -93,8 +94,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_group(process.pid)
     process.wait()
 
 
