@@ -1,5 +1,7 @@
 """Shared by the tests: the packaged base, small branches (of each kind, and one with a CRF), one real Triton."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -175,6 +177,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_checkpoint: Path) -> Base:
     return load_base(str(tiny_checkpoint))
+
+
+def python_on_full_disk(limit: int, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run Python where no file can grow beyond `limit` bytes: a write in the middle fails, as on a full disk.
+
+    The new process sets the limit itself: one that is forked from this, to set it before, may die in gRPC's threads.
+    """
+    script = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    )
+    command = [sys.executable, "-c", script, str(limit), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"})
 
 
 @pytest.fixture

@@ -1,9 +1,5 @@
 """Trunk activations: token-exact, computed once, shared, bounded on disk."""
 
-import os
-import resource
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import python_on_full_disk
 from test_training import QUICK, evaluate, silent, stop_after, write_task
 
 from espalier.contract import Kind
@@ -170,16 +167,9 @@ def test_a_stopped_computation_leaves_nothing(spec: TaskSpec, tiny: Base, cache:
 
 
 def test_a_full_disk_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The limit on file size fails the allocation, as a full disk does."""
     spec = write_task(tmp_path, Kind.CLASSIFICATION)
     command = ["-m", "espalier.cli", "train", spec, "--base", tiny_checkpoint, "--tap", "1", "--out", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, *map(str, command), "--cache"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "300"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)),
-    )
+    done = python_on_full_disk(5_000, *command, "--cache")
     assert done.returncode == 1
     assert "Error: the activations cannot be written to" in done.stderr
     assert "Traceback" not in done.stderr

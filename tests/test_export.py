@@ -1,9 +1,6 @@
 """Export writes whole folders, touches no head but those it is given, and refuses what does not fit."""
 
-import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from conftest import DEEP, SHALLOW, make_branch
+from conftest import DEEP, SHALLOW, make_branch, python_on_full_disk
 from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.branch import BranchCard, load_branch, read_card, save_branch
@@ -242,19 +239,13 @@ def test_an_output_that_cannot_be_written_is_one_sentence(run, branches: dict[st
 
 
 def test_a_full_disk_leaves_nothing_half_written(repository: Path, branches: dict[str, Path]) -> None:
-    """The limit on file size fails a write in the middle, as a full disk does."""
     before = contents(repository)
     script = (
         "import sys; from pathlib import Path; from export.repository import export; from espalier.errors import *\n"
         "try: export([Path(sys.argv[1])], Path(sys.argv[2]), scheduling={'threads': 1})\n"
         "except ExportError as error: sys.exit(f'ExportError: {error}')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(branches["urgency"]), str(repository)],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000)),
-    )
+    done = python_on_full_disk(5_000_000, "-c", script, branches["urgency"], repository)
     assert done.returncode == 1
     assert "cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr

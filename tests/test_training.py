@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import python_on_full_disk
 
 from espalier.branch import BranchCard, Teacher, load_branch
 from espalier.contract import Kind, Structure
@@ -282,15 +282,9 @@ def test_a_finished_run_clears_away_stopped_ones(spec: TaskSpec, tiny: Base, tmp
 
 @pytest.mark.parametrize("limit", [20_000, 100_000], ids=["weights", "optimizer"])
 def test_a_full_disk_stops_training_in_one_sentence(limit: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The limit on file size fails a write in the middle, as a full disk does."""
     spec = write_task(tmp_path, Kind.CLASSIFICATION)
     command = ["-m", "espalier.cli", "train", spec, "--base", tiny_checkpoint, "--tap", "1", "--out", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, *map(str, command), "--epochs", "1"],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    done = python_on_full_disk(limit, *command, "--epochs", "1")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(r"Error: .*cannot be written", done.stderr)
