@@ -18,10 +18,9 @@ THREADS = "intra_op_thread_count"
 CORES = "cores"
 """Name of the resource that the rate limiter counts."""
 
-PRIORITY = 1_000_000
-"""Of every step that takes cores. Waiting instances stand in the order of their executions so far × priority, and the
-rate limiter looks at the first alone: where its cores are not free, those behind it wait, too. The tokenizer, which
-takes none and has priority 1, must not stand there: all others wait for its texts."""
+PRIORITY_OF_HEADS = 100_000
+PRIORITY_OF_FIRST_LAYER = 1_000_000_000
+PRIORITY_BY_LAYER = 1.4
 
 
 class Scheduling(BaseModel):
@@ -81,10 +80,22 @@ class Scheduling(BaseModel):
             ) from error
 
 
+def priority(start: int | None) -> int:
+    """Return the `priority` of a trunk segment from layer `start` on, or, for None, of a head; a small one goes first.
+
+    What is nearest to its answer goes first, or new texts would push begun ones back. Waiting instances stand in the
+    order of their executions so far × priority, and what stands above runs no more often than what is below it. The
+    rate limiter looks at the first alone: where its cores are not free, those behind it wait, too. So the tokenizer,
+    which takes none and has priority 1, goes before all: the others wait for its texts.
+    """
+    if start is None:
+        return PRIORITY_OF_HEADS
+    return max(round(PRIORITY_OF_FIRST_LAYER / PRIORITY_BY_LAYER**start), PRIORITY_OF_HEADS)
+
+
 def take_cores(config: pb.ModelConfig, count: int) -> None:
     """Let an instance of the model take `count` of the machine's cores while it computes."""
     limiter = config.instance_group[0].rate_limiter
-    limiter.priority = PRIORITY
     del limiter.resources[:]
     resource = limiter.resources.add(name=CORES, count=count)
     setattr(resource, "global", True)  # of the machine, not of a device; the name is a keyword of Python

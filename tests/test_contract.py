@@ -1,5 +1,6 @@
 """The model-repository contract: configs that render the same, heads that are refused by what differs."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from espalier.contract import (
 )
 from espalier.errors import ContractError, FingerprintError
 from espalier.repository import Repository, check_head
-from espalier.scheduling import PRIORITY, Scheduling
+from espalier.scheduling import Scheduling, priority
 
 SCHEDULING = Scheduling(threads=3, instances=2, batch=8, delay=0)
 PRINTS = {3: "3" * 64, 5: "5" * 64, 9: "9" * 64}
@@ -202,11 +203,18 @@ def test_threads_are_set_on_the_cpu_alone() -> None:
     assert threads == {"trunk": "3", "next segment": "3", "gpu trunk": "", "intent": "1", "gpu head": ""}
 
 
-def test_the_tokenizer_does_not_wait_for_cores_that_others_wait_for() -> None:
-    priorities = {
-        name: CONFIGS[name]().instance_group[0].rate_limiter.priority for name in ("tokenizer", "trunk", "intent")
-    }
-    assert priorities == {"tokenizer": 0, "trunk": PRIORITY, "intent": PRIORITY}
+def test_what_is_nearest_to_its_answer_goes_first_and_the_tokenizer_before_all() -> None:
+    first, then, head = (
+        CONFIGS[name]().instance_group[0].rate_limiter.priority for name in ("trunk", "next segment", "intent")
+    )
+    assert first > 2 * then > 20 * head
+    assert CONFIGS["tokenizer"]().instance_group[0].rate_limiter.priority == 0  # not set: Triton takes 1
+    for name in ("gpu trunk", "gpu head"):
+        assert not CONFIGS[name]().instance_group[0].HasField("rate_limiter")
+    upwards = [priority(start) for start in range(24)]
+    assert all(below > 1.3 * above for below, above in itertools.pairwise(upwards))
+    assert upwards[0] < 2**32
+    assert upwards[-1] > 4 * priority(None)
 
 
 def test_on_a_cpu_every_step_takes_cores_and_on_a_gpu_none() -> None:
