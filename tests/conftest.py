@@ -1,6 +1,7 @@
 """Shared by the tests: the packaged base, small branches (of each kind, and one with a CRF), one real Triton."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,9 @@ TASKS = {
     "same_request": (SHALLOW, 3),
 }  # fmt: skip
 """Tap and layers by task; `urgency` alone needs the deeper segment."""
+
+# Programs that the tests stop with Ctrl-C would ignore it, too, where the tests run in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
