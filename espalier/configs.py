@@ -26,7 +26,7 @@ from espalier.contract import (
 )
 from espalier.errors import ContractError
 from espalier.files import write_whole
-from espalier.scheduling import THREADS, Scheduling, priority, take_cores
+from espalier.scheduling import PRIORITY_OF_HEADS, THREADS, Scheduling, segment_priority, take_cores
 
 
 def _tensor(message: Any, name: str, data_type: int, dims: Sequence[int], *, ragged: bool = False) -> Any:
@@ -80,7 +80,7 @@ def trunk_config(info: TrunkInfo, scheduling: Scheduling) -> pb.ModelConfig:
     config = _onnx_config(info.model, source, target)
     if target is not Target.GPU:
         scheduling.write_to(config)
-        config.instance_group[0].rate_limiter.priority = priority(info.start)
+        config.instance_group[0].rate_limiter.priority = segment_priority(info.start)
     if first:
         _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
         _tensor(config.input.add(), "token_type_ids", pb.TYPE_INT64, [-1], ragged=True)
@@ -98,7 +98,7 @@ def head_config(info: HeadInfo) -> pb.ModelConfig:
     if info.target is not Target.GPU:
         config.parameters[THREADS].string_value = "1"
         take_cores(config, 1)
-        config.instance_group[0].rate_limiter.priority = priority(None)
+        config.instance_group[0].rate_limiter.priority = PRIORITY_OF_HEADS
     _tensor(config.input.add(), "hidden", info.target.hidden_type, [-1, info.hidden_size], ragged=True)
     if info.structure is Structure.CRF:  # its chain runs over words, which it tells by the tokens
         _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)

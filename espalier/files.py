@@ -44,11 +44,12 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 def clear_unfinished(folder: Path, name: str) -> None:
     """Remove what killed writers of `name`, a glob pattern, left in `folder`; nobody else may write there now."""
-    for left in folder.glob(f".{name}.????????"):  # the names that tempfile gives
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    for prefix in (f".{name}.", f".{name}.old."):
+        for left in folder.glob(f"{prefix}????????"):  # the names that tempfile gives
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

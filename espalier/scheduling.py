@@ -19,6 +19,7 @@ CORES = "cores"
 """Name of the resource that the rate limiter counts."""
 
 PRIORITY_OF_HEADS = 100_000
+"""See `segment_priority`."""
 PRIORITY_OF_FIRST_LAYER = 1_000_000_000
 PRIORITY_BY_LAYER = 1.4
 
@@ -80,16 +81,14 @@ class Scheduling(BaseModel):
             ) from error
 
 
-def priority(start: int | None) -> int:
-    """Return the `priority` of a trunk segment from layer `start` on, or, for None, of a head; a small one goes first.
+def segment_priority(start: int) -> int:
+    """Return the rate limiter's `priority` of a trunk segment from layer `start` on; a small one goes first.
 
-    What is nearest to its answer goes first, or new texts would push begun ones back. Waiting instances stand in the
-    order of their executions so far × priority, and what stands above runs no more often than what is below it. The
-    rate limiter looks at the first alone: where its cores are not free, those behind it wait, too. So the tokenizer,
-    which takes none and has priority 1, goes before all: the others wait for its texts.
+    What is nearest to its answer goes first, heads before all segments, or new texts would push begun ones back.
+    Waiting instances stand in the order of their executions so far × priority, and what stands above runs no more often
+    than what is below it. The rate limiter looks at the first alone: where its cores are not free, those behind it
+    wait, too. So the tokenizer, which takes none and has priority 1, goes before all: the others wait for its texts.
     """
-    if start is None:
-        return PRIORITY_OF_HEADS
     return max(round(PRIORITY_OF_FIRST_LAYER / PRIORITY_BY_LAYER**start), PRIORITY_OF_HEADS)
 
 

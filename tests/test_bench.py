@@ -1,17 +1,15 @@
 """The bench: texts of the wanted lengths, load on a real Triton, ratios and their report."""
 
-import contextlib
-import os
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from conftest import SHALLOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_triton import group_of
 from tokenizers import Tokenizer
 
 from benchmarks import summary
@@ -184,23 +182,13 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
         assert picture in page
 
 
-def alive(group: int) -> list[int]:
-    """Return the processes of a group, but for the dead that nobody has asked about yet."""
-    found = []
-    for process in psutil.process_iter(["status"]):
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
-
-
 @pytest.mark.server
 def test_the_python_server_answers_and_leaves_no_process(base: Base, branches: dict[str, Path], tmp_path: Path) -> None:
     chosen = [branches["intent"], branches["urgency"]]
     with python_server.running(base.name, chosen, SHALLOW, 2, tmp_path / "python.log") as server:
         assert closed_loop(server, ["one text", "and a longer other one"], 4, 0.5).texts > 0
-        assert alive(server.pid)
-    assert not alive(server.pid)
+        assert group_of(server.pid)
+    assert not group_of(server.pid)
 
 
 def test_perf_analyzers_table_is_read() -> None:

@@ -36,7 +36,7 @@ from espalier.contract import (
 )
 from espalier.errors import ContractError, FingerprintError
 from espalier.repository import Repository, check_head
-from espalier.scheduling import Scheduling, priority
+from espalier.scheduling import PRIORITY_OF_HEADS, Scheduling, segment_priority
 
 SCHEDULING = Scheduling(threads=3, instances=2, batch=8, delay=0)
 PRINTS = {3: "3" * 64, 5: "5" * 64, 9: "9" * 64}
@@ -211,10 +211,10 @@ def test_what_is_nearest_to_its_answer_goes_first_and_the_tokenizer_before_all()
     assert CONFIGS["tokenizer"]().instance_group[0].rate_limiter.priority == 0  # not set: Triton takes 1
     for name in ("gpu trunk", "gpu head"):
         assert not CONFIGS[name]().instance_group[0].HasField("rate_limiter")
-    upwards = [priority(start) for start in range(24)]
+    upwards = [segment_priority(start) for start in range(24)]
     assert all(below > 1.3 * above for below, above in itertools.pairwise(upwards))
     assert upwards[0] < 2**32
-    assert upwards[-1] > 4 * priority(None)
+    assert upwards[-1] > 4 * PRIORITY_OF_HEADS
 
 
 def test_on_a_cpu_every_step_takes_cores_and_on_a_gpu_none() -> None:

@@ -187,12 +187,14 @@ def test_what_a_kill_leaves_of_a_file_is_cleared_away(spec: TaskSpec, tiny: Base
     )
     for file in (out / "search.json", out / "trials" / f"{GRID[0].name}.json"):
         assert subprocess.run([sys.executable, "-c", kill.format(file=str(file))]).returncode == 9
-    (out / ".l1.abcd_123").mkdir()
+    folders = [out / ".l1.abcd_123", out / ".l1.old.abcd_123"]
+    for folder in folders:
+        folder.mkdir()
     (out / ".app.settings").write_text("not ours")
     assert len(content(out)) == len(before) + 3
     run(spec, tiny, out, GRID[:1])
     assert content(out) == before | {".app.settings": b"not ours"}
-    assert not (out / ".l1.abcd_123").exists()
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_a_trial_of_other_data_is_run_again(spec: TaskSpec, tiny: Base, tmp_path: Path) -> None:
