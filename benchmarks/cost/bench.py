@@ -36,10 +36,10 @@ from serving.triton import TritonServer
 TEXTS = 256
 DEEP = ways.TASKS[1:2]
 ALONE = (ways.SHALLOW,)
-UNLOADED = 10.0
+UNLOADED = 20.0
 """Seconds of one request after the other."""
-HALF_LOAD = 20.0
-"""Seconds of random requests at half of the highest rate."""
+HALF_LOAD = 60.0
+"""Seconds of random requests at half of the highest rate: a P99 of fewer texts is that of a handful of them."""
 SLOW = 3.0
 """How much longer the windows of today's way are: it answers a tenth of the texts."""
 LOADS = (0.25, 0.5, 0.75, 0.9)
