@@ -67,6 +67,11 @@ CacheLimit = Annotated[float, typer.Option(help="Largest size of .activations, i
 LiveFolder = Annotated[
     Path | None, typer.Option("--live", help="The live store. [default: beside the repository, REPOSITORY.live]")
 ]
+TritonUrl = Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")]
+TritonHttpUrl = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT of its HTTP endpoint. [default: port 8000 on the host of --url]"),
+]
 WiringPort = Annotated[int, typer.Option(help="Port for the wiring's metrics and the states of the folders.")]
 Allowed = Annotated[
     list[str] | None, typer.Option("--allow", help="Head folder that may hold code or use another backend.")
@@ -411,7 +416,8 @@ def serve(
         store.models, log_file=log_file, host=host, http_port=http_port, grpc_port=grpc_port,
         metrics_port=metrics_port, ready_model=None, model_control="explicit", cores=cores_counted(scheduling),
     )  # fmt: skip
-    service = Service(_wiring(repository, store, Control(server.grpc_url), allow, keep), host, wiring_port)
+    control = Control(server.grpc_url, server.http_url)
+    service = Service(_wiring(repository, store, control, allow, keep), host, wiring_port)
     log_to(sys.stderr)
     with show.waiting("starting Triton") as status:
 
@@ -426,7 +432,8 @@ def serve(
 def wire(
     repository: RepositoryPath = Path("model_repository"),
     live: LiveFolder = None,
-    url: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")] = "localhost:8001",
+    url: TritonUrl = "localhost:8001",
+    http_url: TritonHttpUrl = None,
     wiring_port: WiringPort = 8003,
     host: Annotated[str, typer.Option(help="Address to listen on for metrics.")] = "127.0.0.1",
     allow: Allowed = None,
@@ -435,11 +442,10 @@ def wire(
     as_json: Json = False,
 ) -> None:
     """Wire dropped heads into a Triton that runs elsewhere, in explicit mode, on LIVE/models; until Ctrl-C."""
-    from serving.control import Control
     from serving.service import Service, log_to
 
     store = _live(repository, live)
-    wiring = _wiring(repository, store, Control(url), allow, keep)
+    wiring = _wiring(repository, store, _control(url, http_url), allow, keep)
     log_to(sys.stderr)
     if once:
         with show.waiting("wiring"):
@@ -524,14 +530,13 @@ def rollback(
     ] = None,
     repository: RepositoryPath = Path("model_repository"),
     live: LiveFolder = None,
-    url: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")] = "localhost:8001",
+    url: TritonUrl = "localhost:8001",
+    http_url: TritonHttpUrl = None,
     allow: Allowed = None,
     as_json: Json = False,
 ) -> None:
     """Serve again what was served before. What lies in the repository is passed over until its owner changes it."""
-    from serving.control import Control
-
-    wiring = _wiring(repository, _live(repository, live, must_exist=True), Control(url), allow, None)
+    wiring = _wiring(repository, _live(repository, live, must_exist=True), _control(url, http_url), allow, None)
     with show.waiting("rolling back"):
         state = wiring.rollback(generation)
     if as_json:
@@ -681,6 +686,12 @@ def _wiring(repository: Path, live: "Live", control: "Control", allow: list[str]
     wiring = Wiring(repository, live, control, frozenset(allow or ()), keep)
     wiring.inbox.look()  # says in one sentence what is wrong with the repository, before anything starts
     return wiring
+
+
+def _control(url: str, http_url: str | None) -> "Control":
+    from serving.control import Control
+
+    return Control(url, http_url or f"{url.rpartition(':')[0] or url}:8000")
 
 
 @contextmanager

@@ -1,16 +1,18 @@
-"""Triton's model repository API (docs/protocol/extension_model_repository.md), and smoke inference, over gRPC.
+"""Triton's model repository API (docs/protocol/extension_model_repository.md) over gRPC, and smoke inference over HTTP.
 
-No call is ever cancelled: the embedded Triton 2.51 dies of that. A smoke inference that takes too long is left to run,
-and counts as refused.
+A request over gRPC whose client dies is cancelled, and of that the embedded Triton 2.51 may die; one over HTTP is not.
+Loading over HTTP would keep a thread of Triton's HTTP server from all others for as long as it takes.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
+import aiohttp
 import numpy as np
 import numpy.typing as npt
-import tritonclient.grpc as triton
+import tritonclient.grpc
+import tritonclient.http.aio
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -34,11 +36,12 @@ class Refused(WiringError):
 
 
 class Control:
-    """The Triton at `url` (host:port of its gRPC endpoint), in explicit model-control mode."""
+    """A Triton in explicit model-control mode; `url` and `http_url` are host:port of its gRPC and HTTP endpoints."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, http_url: str) -> None:
         self.url = url
-        self._client = triton.InferenceServerClient(url, channel_args=CHANNEL_ARGUMENTS)
+        self.http_url = http_url
+        self._client = tritonclient.grpc.InferenceServerClient(url, channel_args=CHANNEL_ARGUMENTS)
 
     def close(self) -> None:
         """Close the connection."""
@@ -67,11 +70,11 @@ class Control:
             return None
         return config
 
-    def _call(self, method: Any, *arguments: Any, **options: Any) -> Any:
+    def _call(self, method: Any, *arguments: Any) -> Any:
         try:
-            return method(*arguments, **options)
+            return method(*arguments)
         except InferenceServerException as error:
-            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"):
+            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED", "503"):
                 raise UnavailableError(f"{self.url} is unavailable: {one_line(error.message())}") from error
             if not self._is_live():  # a server that is going down gives all kinds of reasons
                 raise UnavailableError(f"{self.url} is unavailable: {one_line(error.message())}") from error
@@ -85,23 +88,31 @@ class Control:
             return False
 
     def _infer(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        tensors = []
-        for name, array in inputs.items():
-            tensor = triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-            tensor.set_data_from_numpy(array)
-            tensors.append(tensor)
-        wanted = [triton.InferRequestedOutput(name) for name in outputs]
-        answered: Future[Any] = Future()
-
-        def done(result: Any, error: InferenceServerException | None) -> None:
-            answered.set_result(result) if error is None else answered.set_exception(error)
-
-        self._call(self._client.async_infer, model, tensors, done, outputs=wanted)
         try:
-            result = self._call(answered.result, PATIENCE)
+            result = self._call(asyncio.run, self._ask(model, inputs, outputs))
         except TimeoutError as error:
             raise Refused(f"{model} did not answer within {PATIENCE:g} s") from error
+        except aiohttp.ClientError as error:
+            if not self._is_live():
+                raise UnavailableError(f"{self.url} is unavailable: {one_line(error)}") from error
+            raise WiringError(
+                f"Triton answers at {self.url} (gRPC), but not at {self.http_url} (HTTP: {one_line(error)}); "
+                "name its HTTP endpoint with --http-url"
+            ) from error
         return {name: result.as_numpy(name) for name in outputs}
+
+    async def _ask(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Any:
+        tensors = []
+        for name, array in inputs.items():
+            tensor = tritonclient.http.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(array)
+            tensors.append(tensor)
+        wanted = [tritonclient.http.InferRequestedOutput(name) for name in outputs]
+        async with (
+            tritonclient.http.aio.InferenceServerClient(self.http_url, conn_timeout=None) as client,
+            asyncio.timeout(PATIENCE),
+        ):
+            return await client.infer(model, tensors, outputs=wanted)
 
     # --- smoke inference --------------------------------------------------------------------------------------------
 

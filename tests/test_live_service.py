@@ -73,7 +73,8 @@ class Served:
             self.live.models, log_file=home / "triton.log", http_port=http, grpc_port=grpc, metrics_port=metrics,
             ready_model=None, model_control="explicit",
         )  # fmt: skip
-        self.wiring = Wiring(self.repository, self.live, Control(self.server.grpc_url))
+        self.wiring = Wiring(self.repository, self.live, Control(self.server.grpc_url, self.server.http_url))
+        self.where = ["--url", self.server.grpc_url, "--http-url", self.server.http_url]
         self.service = Service(self.wiring, port=self.port)
         self.ready: list[Pass] = []
         self.error: list[BaseException] = []
@@ -147,7 +148,7 @@ def test_history_and_rollback_are_commands(served: Served, shop: Path, espalier:
     status, out, _ = espalier("history", "--repository", served.repository)
     assert status == 0
     assert "removed urgency" in out
-    status, out, _ = espalier("rollback", "--repository", served.repository, "--url", served.server.grpc_url)
+    status, out, _ = espalier("rollback", "--repository", served.repository, *served.where)
     assert status == 0
     assert "rolled back to" in out
     assert "urgency" in served.tasks()
@@ -193,7 +194,7 @@ def test_a_taken_port_is_one_sentence(served: Served) -> None:
 
 
 def test_wire_is_a_command_and_ends_by_a_signal(served: Served, espalier: Any) -> None:
-    where = ["--repository", str(served.repository), "--url", served.server.grpc_url]
+    where = ["--repository", str(served.repository), *served.where]
     status, out, _ = espalier("wire", *where, "--once", "--json")
     assert status == 0
     assert json.loads(out)["folders"]["head_intent"]["state"] == "serving"

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from serving.control import Control, Refused
 from serving.deploy import TRIAL
 from serving.live import Live, live_folder
 from serving.triton import TritonServer, free_ports
-from serving.wiring import Pass, Wiring
+from serving.wiring import DEATHS, Pass, Wiring
 
 pytestmark = pytest.mark.server
 
@@ -78,7 +80,7 @@ class Stage:
         self.live = Live(live_folder(self.repository))
         self.server = server
         self.shop = shop
-        self.control = Control(server.grpc_url)
+        self.control = Control(server.grpc_url, server.http_url)
         self.wiring = self.another()
 
     def another(self, **options: Any) -> Wiring:
@@ -613,9 +615,54 @@ def test_triton_that_lost_everything_is_brought_back(stage: Stage) -> None:
 
 
 def test_no_server_is_one_sentence(stage: Stage) -> None:
-    wiring = Wiring(stage.repository, stage.live, Control("127.0.0.1:9"))
+    wiring = Wiring(stage.repository, stage.live, Control("127.0.0.1:9", "127.0.0.1:9"))
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9 is unavailable"):
         wiring.reconcile()
+
+
+def test_an_http_endpoint_that_is_elsewhere_is_told_so_and_no_head_is_blamed(stage: Stage) -> None:
+    wiring = Wiring(stage.repository, stage.live, Control(stage.server.grpc_url, "127.0.0.1:9"))
+    wiring.inbox.settled = 0.2
+    before = stage.tasks()
+    stage.drop("second", "head_intent")
+    for _ in range(DEATHS + 1):
+        with pytest.raises(WiringError, match=r"not at 127\.0\.0\.1:9 \(HTTP.*--http-url"):
+            stage.settle(wiring)
+    assert stage.tasks() == before
+    assert stage.settle().change is not None, "the wiring that knows the endpoint takes the head"
+
+
+ASKING = """
+import sys, threading
+from pathlib import Path
+from espalier.configs import read_config
+from espalier.contract import ENSEMBLE, HeadInfo
+from serving.control import Control
+
+def ask():
+    while True:
+        Control(*sys.argv[1:3]).try_ensemble(ENSEMBLE, heads)
+
+heads = {path.name.removeprefix("head_"): HeadInfo.read(read_config(path)) for path in map(Path, sys.argv[3:])}
+for _ in range(8):
+    threading.Thread(target=ask).start()
+print("asking", flush=True)
+"""
+
+
+def test_smoke_inferences_whose_client_is_killed_do_not_harm_the_server(stage: Stage) -> None:
+    stage.drop("more", "head_slots", "head_slots_crf", "head_same_request")
+    stage.settle()
+    before = stage.ask()
+    folders = [str(stage.repository / f"head_{task}") for task in stage.tasks()]
+    command = [sys.executable, "-c", ASKING, stage.server.grpc_url, stage.server.http_url, *folders]
+    for number in range(6):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            line = process.stdout.readline() if process.stdout is not None else ""
+            time.sleep(0.1 + 0.05 * number)
+            process.kill()
+        assert line == "asking\n"
+    assert stage.ask() == before
 
 
 def test_a_server_that_reads_another_repository_is_told_so(stage: Stage, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from espalier.encoder import load_base
 from espalier.errors import RequestError
 from espalier.files import exchange, write_whole
 from serving.live import Live
-from serving.triton import free_ports
+from serving.triton import TritonServer, free_ports
 
 UNTOUCHED = {"calm": (2, 100), "quiet": (3, 101)}
 TOUCHED = {f"task{number}": (2 + number % 2, number) for number in range(8)}
@@ -49,10 +49,10 @@ PAUSE = (0.5, 4.0)
 class Wiring:
     """`espalier wire` as a process that is killed at random moments, as long as `killing` is set."""
 
-    def __init__(self, repository: Path, url: str, log: Path) -> None:
+    def __init__(self, repository: Path, server: TritonServer, log: Path) -> None:
         self._command = [
-            sys.executable, "-m", "espalier.cli", "wire", "--repository", str(repository), "--url", url,
-            "--wiring-port", str(free_ports(1)[0]),
+            sys.executable, "-m", "espalier.cli", "wire", "--repository", str(repository),
+            "--url", server.grpc_url, "--http-url", server.http_url, "--wiring-port", str(free_ports(1)[0]),
         ]  # fmt: skip
         self._log = log
         self._random = random.Random(0)
@@ -184,7 +184,7 @@ def _check(home: Path, base: str, requests: int, tries: int) -> dict[str, Any]:
         ship(loaded, TOUCHED, shop / "first", home / "branches" / "first")
         ship(loaded, {task: (tap, seed + 50) for task, (tap, seed) in TOUCHED.items()}, shop / "second", home / "b2")
     with stage(repository, Path("logs/live-check.log")) as (live, server), contextlib.ExitStack() as stack:
-        wiring = stack.enter_context(Wiring(repository, server.grpc_url, Path("logs/live-check-wiring.log")))
+        wiring = stack.enter_context(Wiring(repository, server, Path("logs/live-check-wiring.log")))
         check = Check(shop, repository, live, server.grpc_url)
         for task in UNTOUCHED:
             wait_until(lambda task=task: check.answers(task))

@@ -94,8 +94,8 @@ def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "
             stack.enter_context(stage(folder, Path(f"logs/live-growth-{folder.name}.log")))
             for folder in (repository, alone)
         )
-        Wiring(alone, live_alone, Control(server_alone.grpc_url)).settle()
-        wiring = Wiring(repository, live, Control(server.grpc_url))
+        Wiring(alone, live_alone, Control(server_alone.grpc_url, server_alone.http_url)).settle()
+        wiring = Wiring(repository, live, Control(server.grpc_url, server.http_url))
         for count in (*STEPS, *reversed(STEPS)):
             with show.waiting(f"{count} tasks"):
                 for name in names[:count]:
