@@ -158,7 +158,7 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
         "steps": {"trunk_0_4": {"batch": 6.1, **{f"{part}_ms": 80.0 for part in PARTS}}},
         "footprint": {way: {"memory_mib": 2048, "start_seconds": 6.0} for way in ("ours", "today")},
         "bound": {"streams": 2, "threads": 1, "batch": 8},
-        "perf_analyzer": {"missing": "perf_analyzer cannot be installed"}, "p99_bound": 1.0,
+        "perf_analyzer": {"missing": "perf_analyzer cannot be installed"}, "p99_bound": 1.0, "turns": 3,
         "tokens_per_text": {"mixed": 23.0, "fixed": 32.0}, "size": "BERT-base", "trunk_layers": 9, "shallow_layers": 4,
         "baseline_level": "O2", "concurrency": 64, "cores": 2, "versions": {"onnxruntime": "1"}, "command": "bench",
     }  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, Literal
 
 import onnxruntime
@@ -40,6 +40,9 @@ UNLOADED = 20.0
 """Seconds of one request after the other."""
 HALF_LOAD = 60.0
 """Seconds of random requests at half of the highest rate: a P99 of fewer texts is that of a handful of them."""
+TURNS = 3
+"""Windows in a round of those that are nearest to each other: the machine's own speed varies by a tenth and more."""
+NEAR = ("ours", "bound", "ours_one_task")
 SLOW = 3.0
 """How much longer the windows of today's way are: it answers a tenth of the texts."""
 LOADS = (0.25, 0.5, 0.75, 0.9)
@@ -73,7 +76,7 @@ def bench(size: Literal["bert-base", "minilm"], seconds: float, rounds: int, hom
         "size": chosen.name, "trunk_layers": chosen.trunk, "shallow_layers": chosen.shallow,
         "baseline_level": built.level, "concurrency": ways.CONCURRENCY, "cores": available_cores(),
         "versions": {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}, "command": command,
-        "p99_bound": BOUND,
+        "p99_bound": BOUND, "turns": TURNS,
     }  # fmt: skip
     stem = "performance" if size == "bert-base" else f"performance-{size}"
     write_whole(report / f"{stem}.json", json.dumps(found, indent=2) + "\n")
@@ -217,10 +220,13 @@ class _Bench:
                 "python": python,
             }
             for number in range(self._rounds):
-                for name, window in plan.items():
+                windows: dict[str, list[float]] = {name: [] for name in plan}
+                for name in (*NEAR * (TURNS - 1), *plan):
                     with show.waiting(f"round {number + 1} of {self._rounds}: {name}"):
-                        rates.setdefault(name, []).append(window())
-                    self._say(f"{number + 1}/{self._rounds} {name}: {rates[name][-1]:.1f} texts/s")
+                        windows[name].append(plan[name]())
+                    self._say(f"{number + 1}/{self._rounds} {name}: {windows[name][-1]:.1f} texts/s")
+                for name, own in windows.items():
+                    rates.setdefault(name, []).append(mean(own))
                 with show.waiting(f"round {number + 1} of {self._rounds}: latency"):
                     unloaded.append(closed_loop(asked("ours"), mixed, 1, UNLOADED))
                     half_load.append(open_loop(asked("ours"), mixed, rates["ours"][-1] / 2, HALF_LOAD, seed=number))

@@ -49,8 +49,9 @@ def _page(found: Mapping[str, Any], stem: str) -> list[str]:
         "",
         f"Measured by `{found['command']}` on {found['cores']} CPU cores, ONNX Runtime "
         f"{found['versions']['onnxruntime']}, embedded Triton. What a ratio compares is measured in turn; "
-        "a ratio is the median of the rounds, with their range. Absolute rates belong to one "
-        "machine and day.",
+        "a ratio is the median of the rounds, with their range. In a round ours, the bound and one deep task have "
+        f"{found['turns']} windows in turn, whose mean counts, the others one. Absolute rates belong to one machine "
+        "and day.",
         "",
         *_what(found),
         "",
