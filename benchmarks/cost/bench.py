@@ -40,9 +40,8 @@ UNLOADED = 20.0
 """Seconds of one request after the other."""
 HALF_LOAD = 60.0
 """Seconds of random requests at half of the highest rate: a P99 of fewer texts is that of a handful of them."""
-TURNS = 3
-"""Windows in a round of those that are nearest to each other: the machine's own speed varies by a tenth and more."""
-NEAR = ("ours", "bound", "ours_one_task")
+NEAR, TURNS = ("bound", "ours_one_task"), 3
+"""What differs least from ours, and its windows in a round; the others have one."""
 SLOW = 3.0
 """How much longer the windows of today's way are: it answers a tenth of the texts."""
 LOADS = (0.25, 0.5, 0.75, 0.9)
@@ -109,7 +108,7 @@ class _Bench:
         found["bound"] = get("arrangement of the bound", self._arrangement)
         rates = get("rounds", lambda: self._turns(found["workers"], bound.Arrangement(**found["bound"])))
         found["texts_per_second"] = {name: summary(own, 2) for name, own in rates["rates"].items()}
-        found["ratios"] = _ratios(rates["rates"], rates["lengths"], rates["tails"])
+        found["ratios"] = _ratios(rates["relative"], rates["lengths"], rates["tails"])
         found["tokens_per_text"] = {name: round(mean, 2) for name, mean in rates["lengths"].items()}
         found["latency_seconds"] = rates["latency"]
         found["steps"], found["footprint"] = rates["steps"], rates["footprint"]
@@ -179,7 +178,7 @@ class _Bench:
         built, mixed, seconds = self._built, self._mixed, self._seconds
         fixed = texts.fixed(built.tokenizer, TEXTS)
         padded = texts.padded(built.tokenizer, TEXTS, ways.BUCKETS)
-        rates: dict[str, list[float]] = {}
+        rates, relative = dict[str, list[float]](), dict[str, list[float]]()
         unloaded, half_load = list[Window](), list[Window]()
         footprint: dict[str, dict[str, float]] = {}
         with contextlib.ExitStack() as stack:
@@ -220,13 +219,10 @@ class _Bench:
                 "python": python,
             }
             for number in range(self._rounds):
-                windows: dict[str, list[float]] = {name: [] for name in plan}
-                for name in (*NEAR * (TURNS - 1), *plan):
-                    with show.waiting(f"round {number + 1} of {self._rounds}: {name}"):
-                        windows[name].append(plan[name]())
-                    self._say(f"{number + 1}/{self._rounds} {name}: {windows[name][-1]:.1f} texts/s")
-                for name, own in windows.items():
-                    rates.setdefault(name, []).append(mean(own))
+                own, beside = self._round(number, plan)
+                for name in plan:
+                    rates.setdefault(name, []).append(mean(own[name]))
+                    relative.setdefault(name, []).append(mean(beside[name]))
                 with show.waiting(f"round {number + 1} of {self._rounds}: latency"):
                     unloaded.append(closed_loop(asked("ours"), mixed, 1, UNLOADED))
                     half_load.append(open_loop(asked("ours"), mixed, rates["ours"][-1] / 2, HALF_LOAD, seed=number))
@@ -238,6 +234,7 @@ class _Bench:
         rust = Tokenizer.from_str(built.tokenizer)
         return {
             "rates": rates,
+            "relative": relative,
             "lengths": {
                 name: sum(len(encoding.ids) for encoding in rust.encode_batch(some)) / len(some)
                 for name, some in (("mixed", mixed), ("fixed", fixed))
@@ -250,6 +247,31 @@ class _Bench:
             "steps": stats,
             "footprint": footprint,
         }
+
+    def _round(
+        self, number: int, plan: dict[str, Callable[[], float]]
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Return the windows of a round by way: texts/s, and of that how many times what ours had beside it.
+
+        The machine's own speed changes by a tenth and more within minutes. So each window of another way lies between
+        two of ours, with whose mean it is compared.
+        """
+        own: dict[str, list[float]] = {name: [] for name in plan}
+        beside: dict[str, list[float]] = {name: [] for name in plan} | {"ours": [1.0]}
+
+        def window(name: str) -> float:
+            with show.waiting(f"round {number + 1} of {self._rounds}: {name}"):
+                rate = plan[name]()
+            self._say(f"{number + 1}/{self._rounds} {name}: {rate:.1f} texts/s")
+            own[name].append(rate)
+            return rate
+
+        before = window("ours")
+        for name in (*NEAR * (TURNS - 1), *(name for name in plan if name != "ours")):
+            rate, after = window(name), window("ours")
+            beside[name].append(rate / mean((before, after)))
+            before = after
+        return own, beside
 
     def _ablations(self) -> dict[str, dict[str, Any]]:
         rates: dict[str, dict[str, list[float]]] = {way: {name: [] for name in ASKED} for way in ABLATIONS}
@@ -313,7 +335,7 @@ def _memory(server: TritonServer) -> float:
 
 
 def _ratios(rates: dict[str, list[float]], lengths: dict[str, float], tails: list[float]) -> dict[str, Any]:
-    """Return the ratios of windows of the same round: the median, and the range over the rounds."""
+    """Return the ratios of rates of the same round, in whatever unit: the median, and the range over the rounds."""
 
     def ratio(value: Callable[..., float], *names: str) -> dict[str, Any]:
         return summary([value(*row) for row in zip(*(rates[name] for name in names), strict=True)], 4)

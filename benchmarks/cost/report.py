@@ -48,10 +48,10 @@ def _page(found: Mapping[str, Any], stem: str) -> list[str]:
         f"# What serving costs: {found['size']}",
         "",
         f"Measured by `{found['command']}` on {found['cores']} CPU cores, ONNX Runtime "
-        f"{found['versions']['onnxruntime']}, embedded Triton. What a ratio compares is measured in turn; "
-        "a ratio is the median of the rounds, with their range. In a round ours, the bound and one deep task have "
-        f"{found['turns']} windows in turn, whose mean counts, the others one. Absolute rates belong to one machine "
-        "and day.",
+        f"{found['versions']['onnxruntime']}, embedded Triton. The machine's own speed changes within minutes, so each "
+        "window of another way lies between two of ours, and a ratio is of their mean; it is the median of the rounds, "
+        f"with their range. In a round the bound and one deep task have {found['turns']} windows, the others one. "
+        "Absolute rates belong to one machine and day.",
         "",
         *_what(found),
         "",
