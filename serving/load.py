@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from statistics import linear_regression
 from typing import Protocol
 
 import numpy as np
@@ -73,7 +74,7 @@ class Asked:
 class Window:
     """What a stretch of load came to."""
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # in which so many texts are answered, on average
     texts: int = 0
     latency: HdrHistogram = field(default_factory=_histogram)  # µs
 
@@ -132,12 +133,16 @@ def closed_loop(asked: Server, texts: Sequence[str], concurrency: int, seconds: 
     """Keep `concurrency` requests under way; count those answered within `seconds`, once as many were to warm up.
 
     So many are under way when the count begins as when it ends: a server whose answers take long loses nothing by it.
+    Answers come by whole batches, and between the last batch and the end of the count there are half as many missing
+    as a batch has: `rate` is therefore the slope of a line through the moments of the answers, if they span more than
+    half of the time.
     """
     return asyncio.run(_closed_loop(asked, texts, concurrency, seconds))
 
 
 async def _closed_loop(asked: Server, texts: Sequence[str], concurrency: int, seconds: float) -> Window:
     window, source = Window(), itertools.cycle(texts)
+    moments: list[float] = []
     async with _asker(asked) as asker:
         warm, began = 0, math.inf
 
@@ -151,9 +156,12 @@ async def _closed_loop(asked: Server, texts: Sequence[str], concurrency: int, se
                     began = end if warm == concurrency else math.inf
                 elif end < began + seconds:  # the last ones are answered while the load goes down
                     window.add(end - start)
+                    moments.append(end)
 
-        window.seconds = seconds
         await asyncio.gather(*(work() for _ in range(concurrency)))
+    window.seconds = seconds
+    if moments and moments[-1] - moments[0] > seconds / 2:
+        window.seconds = window.texts / linear_regression(moments, range(window.texts)).slope
     return _answered(window)
 
 

@@ -1,5 +1,6 @@
 """The bench: texts of the wanted lengths, load on a real Triton, ratios and their report."""
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -119,6 +120,28 @@ def test_a_stall_counts_for_all_that_were_due_meanwhile(monkeypatch: pytest.Monk
     assert 60 < window.texts < 140
     assert window.percentile(75) > 0.1, "of the texts of one second those of half a second were late"
     assert window.percentile(25) < 0.1
+
+
+def test_a_rate_does_not_depend_on_where_the_count_ends_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers 8 texts every 0.2 s gives 40 texts/s, however long it is looked at."""
+
+    class Batching:
+        def __init__(self, asked: Asked) -> None:
+            self.began = time.perf_counter()
+            self.sent = 0
+
+        async def ask(self, text: str) -> None:
+            batch = self.sent // 8
+            self.sent += 1
+            await asyncio.sleep(self.began + 0.2 * (batch + 1) - time.perf_counter())
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(load, "TritonAsker", Batching)
+    for seconds in (0.9, 0.99, 1.1):
+        window = closed_loop(Asked("nowhere", "nothing", ()), ["a text"], 16, seconds)
+        assert window.rate == pytest.approx(40, rel=0.05)
 
 
 RATES = {
