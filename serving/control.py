@@ -74,9 +74,8 @@ class Control:
         try:
             return method(*arguments)
         except InferenceServerException as error:
-            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED", "503"):
-                raise UnavailableError(f"{self.url} is unavailable: {one_line(error.message())}") from error
-            if not self._is_live():  # a server that is going down gives all kinds of reasons
+            # A server that is going down gives all kinds of reasons.
+            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED", "503") or not self._is_live():
                 raise UnavailableError(f"{self.url} is unavailable: {one_line(error.message())}") from error
             raise Refused(one_line(error.message())) from error
 

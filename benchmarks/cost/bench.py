@@ -109,7 +109,7 @@ class _Bench:
         rates = get("rounds", lambda: self._turns(found["workers"], bound.Arrangement(**found["bound"])))
         found["texts_per_second"] = {name: summary(own, 2) for name, own in rates["rates"].items()}
         found["ratios"] = _ratios(rates["relative"], rates["lengths"], rates["tails"])
-        found["tokens_per_text"] = {name: round(mean, 2) for name, mean in rates["lengths"].items()}
+        found["tokens_per_text"] = {name: round(length, 2) for name, length in rates["lengths"].items()}
         found["latency_seconds"] = rates["latency"]
         found["steps"], found["footprint"] = rates["steps"], rates["footprint"]
         found["ablations"] = get("ablations", self._ablations)
