@@ -1,11 +1,11 @@
 """What is deployed, as the server's own model configs tell it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tritonclient.grpc import model_config_pb2 as pb
 
-from espalier.configs import ensemble_generation
+from espalier.configs import ensemble_generation, head_infos
 from espalier.contract import ENSEMBLE, OFFSETS, HeadInfo, Kind
 from espalier.errors import ContractError, RequestError, UnknownTaskError
 
@@ -30,16 +30,21 @@ class Catalogue:
         return tuple(self.tasks[name] for name in names)
 
 
-def head_models(ensemble: pb.ModelConfig) -> dict[str, str]:
-    """Return the models that answer the ensemble's tasks, by task, sorted."""
+def answering(ensemble: pb.ModelConfig) -> dict[str, tuple[str, str]]:
+    """Return by task, sorted, the model that answers it, and the name that this model's output has there."""
     answers = {output.name for output in ensemble.output} - {OFFSETS}
     found = {
-        task: step.model_name
+        task: (step.model_name, output)
         for step in ensemble.ensemble_scheduling.step
-        for task in step.output_map.values()
+        for output, task in step.output_map.items()
         if task in answers
     }
     return dict(sorted(found.items()))
+
+
+def head_models(ensemble: pb.ModelConfig) -> list[str]:
+    """Return the models that answer the ensemble's tasks, sorted; one may answer several."""
+    return sorted({model for model, _ in answering(ensemble).values()})
 
 
 def generation_of(ensemble: pb.ModelConfig) -> str:
@@ -50,18 +55,24 @@ def generation_of(ensemble: pb.ModelConfig) -> str:
         raise RequestError(f"the server's {error}") from error
 
 
-def read_catalogue(ensemble: pb.ModelConfig, heads: Sequence[pb.ModelConfig]) -> Catalogue:
-    """Build the catalogue from the ensemble's config and those of its heads, in the order of `head_models`.
+def read_catalogue(ensemble: pb.ModelConfig, heads: Mapping[str, pb.ModelConfig]) -> Catalogue:
+    """Build the catalogue from the ensemble's config and those of its `head_models`, by name.
 
     Raises RequestError if a head's config breaks the contract.
     """
     tasks = {}
-    for name, head in zip(head_models(ensemble), heads, strict=True):
+    for name, (model, output) in answering(ensemble).items():
         try:
-            info = HeadInfo.read(head).model_copy(update={"task": name})  # a candidate is a head of the task itself
+            info = head_infos(heads[model])[output].model_copy(
+                update={"task": name}
+            )  # a candidate is a head of the task itself
         except ContractError as error:
             raise RequestError(f"the server's {error}") from error
+        except KeyError as error:
+            raise RequestError(
+                f"the server's {model} tells nothing of its output {output!r}; export it again"
+            ) from error
         if info.kind is not Kind.REGRESSION and not info.labels:
-            raise RequestError(f"the server's {head.name} names no labels; export it again")
+            raise RequestError(f"the server's {model} names no labels for {name}; export it again")
         tasks[name] = info
     return Catalogue(tasks, ensemble.max_batch_size, generation_of(ensemble))

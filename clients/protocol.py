@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clients.catalogue import Catalogue, generation_of, head_models, read_catalogue
+from clients.catalogue import Catalogue, answering, generation_of, head_models, read_catalogue
 from clients.results import Answer, Answers, Classification, Regression, Tagging
 from espalier import tagging
 from espalier.contract import ENSEMBLE, OFFSETS, HeadInfo, Kind, Structure
@@ -100,9 +100,9 @@ class Conversation:
         for _ in range(READINGS):
             ensemble = yield ReadConfig(ENSEMBLE)
             try:
-                heads = []
-                for model in head_models(ensemble).values():
-                    heads.append((yield ReadConfig(model)))
+                heads = {}
+                for model in head_models(ensemble):
+                    heads[model] = yield ReadConfig(model)
             except (UnavailableError, DeadlineError):
                 raise
             except RequestError:
@@ -115,7 +115,7 @@ class Conversation:
 
     def _is_current(self, catalogue: Catalogue) -> Program[bool]:
         ensemble = yield ReadConfig(ENSEMBLE)
-        return (generation_of(ensemble), [*head_models(ensemble)]) == (catalogue.generation, [*catalogue.tasks])
+        return (generation_of(ensemble), [*answering(ensemble)]) == (catalogue.generation, [*catalogue.tasks])
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,12 @@ from espalier.contract import (
     TOKENIZER,
     HeadInfo,
     Kind,
+    Merged,
+    MergedInfo,
     Structure,
     Target,
     TrunkInfo,
+    merged_output,
 )
 from espalier.errors import ContractError
 from espalier.files import write_whole
@@ -94,30 +97,71 @@ def trunk_config(info: TrunkInfo, scheduling: Scheduling) -> pb.ModelConfig:
 
 def head_config(info: HeadInfo) -> pb.ModelConfig:
     """Config of a head. One thread: a folded head is a few per cent of a trunk layer."""
-    config = _onnx_config(info.model, "hidden", info.target)
-    if info.target is not Target.GPU:
-        config.parameters[THREADS].string_value = "1"
-        take_cores(config, 1)
-        config.instance_group[0].rate_limiter.priority = PRIORITY_OF_HEADS
-    _tensor(config.input.add(), "hidden", info.target.hidden_type, [-1, info.hidden_size], ragged=True)
-    if info.structure is Structure.CRF:  # its chain runs over words, which it tells by the tokens
-        _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
-    _tensor(config.output.add(), info.output, pb.TYPE_FP32, info.output_dims)
-    if info.kind is Kind.CLASSIFICATION:
-        config.output[0].label_filename = LABELS_FILE
-    if info.kind is Kind.TAGGING:
-        _scatter(config, info.output, "hidden")
+    config = _heads_config(info.model, [info])
+    _answer(config, info, info.output, LABELS_FILE)
     info.write_to(config)
     return config
 
 
+def merged_config(name: str, heads: Sequence[HeadInfo]) -> pb.ModelConfig:
+    """Config of several heads of one tap as the one model `name`, an output each, see MergedInfo."""
+    config = _heads_config(name, heads)
+    for head in heads:
+        _answer(config, head, merged_output(head), merged_labels(head))
+    MergedInfo(heads=tuple(heads)).write_to(config)
+    return config
+
+
+def merged_labels(head: HeadInfo) -> str:
+    """Return the labels file of a head in the folder of a merged model."""
+    return f"labels_{head.task}.txt"
+
+
+def head_infos(config: pb.ModelConfig) -> dict[str, HeadInfo]:
+    """Return what the heads in a model say of themselves, by output: one in a head's own model, or several merged."""
+    if "heads" in config.parameters:
+        return {merged_output(head): head for head in MergedInfo.read(config).heads}
+    info = HeadInfo.read(config)
+    return {info.output: info}
+
+
+def _heads_config(name: str, heads: Sequence[HeadInfo]) -> pb.ModelConfig:
+    """Start the config of a model that holds `heads`, which are of one tap."""
+    first = heads[0]
+    config = _onnx_config(name, "hidden", first.target)
+    if first.target is not Target.GPU:
+        config.parameters[THREADS].string_value = "1"
+        take_cores(config, 1)
+        config.instance_group[0].rate_limiter.priority = PRIORITY_OF_HEADS
+    _tensor(config.input.add(), "hidden", first.target.hidden_type, [-1, first.hidden_size], ragged=True)
+    if _needs_ids(heads):
+        _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
+    return config
+
+
+def _needs_ids(heads: Sequence[HeadInfo]) -> bool:
+    """Tell whether one of `heads` has a CRF: its chain runs over words, which it tells by the tokens."""
+    return any(head.structure is Structure.CRF for head in heads)
+
+
+def _answer(config: pb.ModelConfig, info: HeadInfo, output: str, labels: str) -> None:
+    """Add the output tensor of a head."""
+    tensor = _tensor(config.output.add(), output, pb.TYPE_FP32, info.output_dims)
+    if info.kind is Kind.CLASSIFICATION:
+        tensor.label_filename = labels
+    if info.kind is Kind.TAGGING:
+        _scatter(config, output, "hidden")
+
+
 def ensemble_config(
-    trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo], generation: int = 1, models: Mapping[str, str] = {}
-) -> pb.ModelConfig:
+    trunk: Sequence[TrunkInfo], heads: Sequence[HeadInfo], generation: int = 1, models: Mapping[str, str] = {},
+    merged: Sequence[Merged] = (),
+) -> pb.ModelConfig:  # fmt: skip
     """Config of the ensemble: TEXT [n, 1 or 2] → one output per task, and `offsets`.
 
     `generation` is its version, which every answer carries: a client sees by it that what it knows of the tasks is
-    old. `models` gives the names by which the server knows models, where they are not those of the contract.
+    old. `models` gives the names by which the server knows models, where they are not those of the contract. `merged`
+    are models that answer some of the tasks instead of their own heads.
 
     No tensor that another step reads is an output: Triton would report a deadlock when it is not requested. Internal
     tensors start with an underscore, which no task name can.
@@ -139,12 +183,21 @@ def ensemble_config(
     for segment in trunk:
         inputs = ids if segment.start == 0 else {BELOW: f"_hidden_{segment.start}", "length": "_length"}
         step(segment.model, inputs, {"hidden": f"_hidden_{segment.stop}"})
-    for head in sorted(heads, key=lambda head: head.task):
+    apart = {head.task: head for head in sorted(heads, key=lambda head: head.task)}
+    for head in apart.values():
         _tensor(config.output.add(), head.task, pb.TYPE_FP32, head.output_dims)
-        inputs = {"hidden": f"_hidden_{head.tap}", "length": "_length"}
-        if head.structure is Structure.CRF:
+
+    def heads_step(model: str, own: Sequence[HeadInfo], outputs: dict[str, str]) -> None:
+        inputs = {"hidden": f"_hidden_{own[0].tap}", "length": "_length"}
+        if _needs_ids(own):
             inputs["input_ids"] = ids["input_ids"]
-        step(head.model, inputs, {head.output: head.task})
+        step(model, inputs, outputs)
+
+    for model in merged:
+        answered = [apart.pop(task) for task in sorted(model.tasks)]
+        heads_step(model.model, model.heads, {merged_output(head): head.task for head in answered})
+    for head in apart.values():
+        heads_step(head.model, [head], {head.output: head.task})
     return config
 
 

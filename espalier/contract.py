@@ -10,6 +10,7 @@ Between the steps requests are ragged: the backend concatenates their flattened 
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -194,6 +195,30 @@ class HeadInfo(_Info):
         return info
 
 
+class MergedInfo(_Info):
+    """What several heads of one tap say of themselves that were merged into one model.
+
+    Each head has an output `<task>.<its output>`, and its labels in `labels_<task>.txt`.
+    """
+
+    heads: tuple[HeadInfo, ...] = Field(min_length=1)
+
+    @classmethod
+    def read(cls, config: pb.ModelConfig) -> "MergedInfo":
+        """Read from a merged model's config; raise ContractError where a parameter is missing or wrong."""
+        info: MergedInfo = cls._read_from(config)
+        return info
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model as a part of an ensemble."""
+
+    model: str
+    heads: tuple[HeadInfo, ...]  # that it holds
+    tasks: frozenset[str]  # that it answers: the others have gone, or have another head since
+
+
 class FolderStatus(BaseModel):
     """What became of a folder of the repository, or of a task without one."""
 
@@ -218,6 +243,16 @@ class StatusFile(BaseModel):
 def head_name(task: str) -> str:
     """Return the model folder's name for `task`."""
     return f"head_{task}"
+
+
+def merged_name(tap: int) -> str:
+    """Return the model folder's name for the merged heads of a tap."""
+    return f"heads_{tap}"
+
+
+def merged_output(head: HeadInfo) -> str:
+    """Return the output of a merged model that `head` answers with."""
+    return f"{head.task}.{head.output}"
 
 
 def task_of(folder: str) -> str | None:

@@ -147,14 +147,16 @@ def test_a_rate_does_not_depend_on_where_the_count_ends_between_two_batches(monk
 RATES = {
     "ours": [40.0, 80.0], "today": [4.0, 4.0], "ours_fixed": [20.0, 40.0], "ours_one_task": [50.0, 100.0],
     "ours_shallow": [80.0, 160.0], "ours_int8": [80.0, 240.0], "ours_padded": [20.0, 80.0], "bound": [50.0, 100.0],
-    "paper": [20.0, 20.0], "python": [10.0, 16.0],
+    "paper": [20.0, 20.0], "python": [10.0, 16.0], "apart": [32.0, 64.0], "apart_one_task": [62.5, 125.0],
 }  # fmt: skip
 
 
 def test_ratios_are_of_one_round() -> None:
     ratios = _ratios(RATES, {"mixed": 16.0, "fixed": 32.0}, [2.5, 3.5])
     assert ratios["cost_reduction"] == {"median": 0.925, "range": [0.9, 0.95]}
-    assert ratios["marginal_task"]["median"] == pytest.approx(0.2 / 7, abs=1e-4)
+    assert ratios["marginal_task"]["median"] == pytest.approx(0.36 / 7, abs=1e-4)
+    assert ratios["merged_over_apart"]["median"] == 1.25
+    assert ratios["merged_over_apart_one_task"]["median"] == 0.8
     assert ratios["ensemble_over_bound"]["median"] == 0.8
     assert ratios["mixed_over_fixed"]["median"] == 1.0
     assert ratios["shallow_over_all"]["median"] == 0.5
@@ -174,7 +176,7 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
         "scheduling": {way: scheduling for way in ("ours", "ours_int8", "today", "paper")}, "workers": 2,
         "ablations": {
             way: {name: summary([10.0 * (1 + at)], 2) for name in ("all", "deep", "shallow")}
-            for at, way in enumerate(("paper", "folding", "segments", "ragged", "ours"))
+            for at, way in enumerate(("paper", "folding", "segments", "ragged", "apart", "ours"))
         },
         "by_load": {way: {"loads": loads, "highest_rate": 30.0} for way in ("ours", "ours_int8")}
         | {"today": {"loads": loads, "highest_rate": 0.0}},
@@ -189,7 +191,7 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
     page = (tmp_path / "performance.md").read_text()
     assert "| cost reduction against today's way | 0.925 | 0.900 – 0.950 | ≥ 0.93 | no |" in page
     assert "| P99 at half of the highest rate ÷ P99 unloaded | 3.000 | 2.500 – 3.500 | ≤ 3 | yes |" in page
-    assert "| all three: ours | 50.0 (5.00×) | 50.0 (5.00×) | 50.0 (5.00×) |" in page
+    assert "| all three, heads merged: ours | 60.0 (6.00×) | 60.0 (6.00×) | 60.0 (6.00×) |" in page
     assert "| today's way: eight full models | none |" in page
     assert "2 × 1 threads, batches of 8" in page
     assert "Not measured: perf_analyzer cannot be installed." in page

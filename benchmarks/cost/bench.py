@@ -40,7 +40,7 @@ UNLOADED = 20.0
 """Seconds of one request after the other."""
 HALF_LOAD = 60.0
 """Seconds of random requests at half of the highest rate: a P99 of fewer texts is that of a handful of them."""
-NEAR, TURNS = ("bound", "ours_one_task"), 3
+NEAR, TURNS = ("bound", "apart_one_task"), 3
 """What differs least from ours, and its windows in a round; the others have one."""
 SLOW = 3.0
 """How much longer the windows of today's way are: it answers a tenth of the texts."""
@@ -55,7 +55,7 @@ PERF = ("ours", "today")
 PERF_CONCURRENCY = (1, 4, 16, 64)
 PERF_RATES = (0.25, 0.5, 0.75)
 """Random arrivals, of a way's own highest rate."""
-ABLATIONS = ("paper", "folding", "segments", "ragged", "ours")
+ABLATIONS = ("paper", "folding", "segments", "ragged", "apart", "ours")
 ASKED = {"all": ways.TASKS, "deep": DEEP, "shallow": ALONE}
 LOGS = Path("logs")
 
@@ -102,7 +102,7 @@ class _Bench:
             found["scheduling"][way] = get(f"scheduling of {way}", partial(self._scheduling, way))
         for way, repository in self._built.repositories.items():
             # The parts alone are scheduled as what they are a part of.
-            same = {"folding": "paper", "segments": "paper", "ragged": "ours"}.get(way, way)
+            same = {"folding": "paper", "segments": "paper", "ragged": "ours", "apart": "ours"}.get(way, way)
             ways.tunable(repository).write(Scheduling.model_validate(found["scheduling"][same]))
         found["workers"] = get("workers of the Python server", self._workers)
         found["bound"] = get("arrangement of the bound", self._arrangement)
@@ -183,7 +183,7 @@ class _Bench:
         footprint: dict[str, dict[str, float]] = {}
         with contextlib.ExitStack() as stack:
             servers: dict[str, TritonServer] = {}
-            for way in ("ours", "ours_int8", "paper"):
+            for way in ("ours", "apart", "ours_int8", "paper"):
                 servers[way] = stack.enter_context(self._served(way, footprint))
 
             # These two are there for their own windows alone: eight full models leave the others less memory, in
@@ -212,6 +212,8 @@ class _Bench:
                 "today": today,
                 "ours_fixed": lambda: load(asked("ours"), fixed),
                 "ours_padded": lambda: load(asked("ours"), padded),
+                "apart": lambda: load(asked("apart")),
+                "apart_one_task": lambda: load(asked("apart", DEEP)),
                 "ours_one_task": lambda: load(asked("ours", DEEP)),
                 "ours_shallow": lambda: load(asked("ours", ALONE)),
                 "ours_int8": lambda: load(asked("ours_int8")),
@@ -351,12 +353,14 @@ def _ratios(rates: dict[str, list[float]], lengths: dict[str, float], tails: lis
         "paper_cost_reduction": ratio(saved, "paper", "today"),
         "cost_reduction_against_paper": ratio(saved, "ours", "paper"),
         "cost_reduction_against_python": ratio(saved, "ours", "python"),
-        "marginal_task": ratio(lambda ours, one: (1 - ours / one) / more, "ours", "ours_one_task"),
+        "marginal_task": ratio(lambda ours, one: (1 - ours / one) / more, "ours", "apart_one_task"),
         "ensemble_over_bound": ratio(lambda ours, bound: ours / bound, "ours", "bound"),
         "mixed_over_fixed": ratio(lambda ours, fixed: tokens * ours / fixed, "ours", "ours_fixed"),
         "shallow_over_all": ratio(lambda ours, alone: ours / alone, "ours", "ours_shallow"),
         "int8_over_fp32": ratio(lambda int8, ours: int8 / ours, "ours_int8", "ours"),
         "p99_half_load_over_unloaded": summary(tails, 4),
+        "merged_over_apart": ratio(lambda ours, apart: ours / apart, "ours", "apart"),
+        "merged_over_apart_one_task": ratio(lambda ours, apart: ours / apart, "ours_one_task", "apart_one_task"),
         "ragged_over_padded": ratio(lambda ours, padded: ours / padded, "ours", "ours_padded"),
         "gpu": None,
     }

@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-from espalier.configs import read_config
-from espalier.contract import ENSEMBLE, MODEL_FILE, HeadInfo, TrunkInfo
+from espalier.configs import head_infos, read_config
+from espalier.contract import ENSEMBLE, MODEL_FILE, TrunkInfo
 from espalier.scheduling import available_cores
 from export.session import session, states
 
@@ -31,8 +31,12 @@ class Models:
             return session(repository / name / "1" / MODEL_FILE, threads)
 
         steps = [step.model_name for step in read_config(repository / ENSEMBLE).ensemble_scheduling.step]
-        heads = [HeadInfo.read(read_config(repository / name)) for name in steps if name.startswith("head_")]
-        self._heads = [(head.tap, load(head.model)) for head in heads if head.task in tasks]
+        self._heads = []
+        for name in steps:
+            if name.startswith("head"):
+                own = [head for head in head_infos(read_config(repository / name)).values() if head.task in tasks]
+                if own:
+                    self._heads.append((own[0].tap, load(name)))
         deepest = max(tap for tap, _ in self._heads)
         trunk = (TrunkInfo.read(read_config(repository / name)) for name in steps if name.startswith("trunk_"))
         upwards = sorted((info for info in trunk if info.stop <= deepest), key=lambda info: info.stop)

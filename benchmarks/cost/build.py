@@ -12,9 +12,9 @@ from espalier.contract import Target
 from espalier.encoder import load_base, resolve
 from espalier.files import digest, write_whole
 from espalier.scheduling import available_cores
-from export import graph, layers, models, ragged
+from export import graph, layers, merge, models, ragged
 
-MADE_BY = (ways, padded, padded_tokenizer, graph, layers, models, ragged)
+MADE_BY = (ways, padded, padded_tokenizer, graph, layers, merge, models, ragged)
 """The code that makes the repositories that are compared with ours."""
 
 
@@ -42,10 +42,9 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
     report("the checkpoint")
     name = checkpoint(size, home)
     base = load_base(name)
-    repositories = {way: folder / way for way in ("ours", "ours_int8")}
-    for way, target in (("ours", Target.CPU), ("ours_int8", Target.INT8)):
+    for way, target in (("apart", Target.CPU), ("apart_int8", Target.INT8)):
         report(way)
-        ways.ours(base, size, target, branches, repositories[way])  # what is up to date stays
+        ways.ours(base, size, target, branches, folder / way)  # what is up to date stays
 
     report("today's way, with optimum")
     single = baseline.single_task(resolve(name), len(LABELS), folder / "single")
@@ -58,12 +57,15 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
 
     whole, both = [size.trunk], [size.shallow, size.trunk]
     others: dict[str, Callable[[Path], None]] = {
+        "ours": lambda to: ways.merged(folder / "apart", to),
+        "ours_int8": lambda to: ways.merged(folder / "apart_int8", to),
         "today": lambda to: ways.full_models(levels[level], base.tokenizer, to),
         "paper": lambda to: ways.whole_layers(base, whole, branches, False, to),
         "folding": lambda to: ways.whole_layers(base, whole, branches, True, to),
         "segments": lambda to: ways.whole_layers(base, both, branches, False, to),
         "ragged": lambda to: ways.ragged_alone(base, size, folder / "branches_one_tap", to),
     }
+    repositories = {"apart": folder / "apart"}
     code = digest(*(Path(str(module.__file__)).read_bytes() for module in MADE_BY), level)
     for way, make in others.items():
         report(way)

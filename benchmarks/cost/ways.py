@@ -4,6 +4,7 @@ All of them take texts and have an output per task. All are scheduled with the s
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,10 +17,22 @@ from benchmarks.cost import padded, padded_tokenizer
 from benchmarks.cost.checkpoint import Size
 from benchmarks.untrained import LABELS, ship
 from espalier.branch import Branch, load_branch
-from espalier.configs import write_config
-from espalier.contract import ENSEMBLE, MAX_BATCH_SIZE, MODEL_FILE, TEXT, TOKENIZER_FILE, Target
+from espalier.configs import ensemble_config, write_config
+from espalier.contract import (
+    ENSEMBLE,
+    MAX_BATCH_SIZE,
+    MODEL_FILE,
+    TEXT,
+    TOKENIZER_FILE,
+    HeadInfo,
+    Merged,
+    Target,
+    merged_name,
+)
 from espalier.encoder import Base
+from espalier.repository import Repository
 from espalier.scheduling import Scheduling, available_cores
+from export.merge import merge
 from export.models import head_model
 from serving.load import Asked, closed_loop
 from serving.triton import TritonServer, on_free_ports
@@ -42,9 +55,26 @@ FIRST = Scheduling(threads=available_cores(), instances=1, batch=0, delay=0)
 
 
 def ours(base: Base, size: Size, target: Target, branches: Path, to: Path) -> None:
-    """Write our repository: eight heads of one folded layer, one of them on the shallow tap."""
+    """Write our repository, a model per head: eight of one folded layer, one of them on the shallow tap."""
     taps = {task: size.shallow if task == SHALLOW else size.trunk for task in TASKS}
     ship(base, {task: (tap, seed) for seed, (task, tap) in enumerate(taps.items())}, to, branches, target)
+
+
+def merged(repository: Path, to: Path) -> None:
+    """Write a repository of ours with the heads of a tap merged, where there are several; all else are links."""
+    there = Repository(repository)
+    heads = there.heads()
+    by_tap: dict[int, list[HeadInfo]] = {}
+    for head in heads:
+        by_tap.setdefault(head.tap, []).append(head)
+    together = {merged_name(tap): own for tap, own in by_tap.items() if len(own) > 1}
+    gone = {head.model for own in together.values() for head in own}
+    shutil.copytree(repository, to, copy_function=os.link, ignore=lambda _, names: gone.intersection(names))
+    for name, own in together.items():
+        (to / name).mkdir()
+        merge(name, [(head, repository / head.model) for head in own], to / name)
+    models = [Merged(name, tuple(own), frozenset(head.task for head in own)) for name, own in together.items()]
+    write_config(to / ENSEMBLE, ensemble_config(there.trunk(), heads, there.generation(), merged=models))
 
 
 def ragged_alone(base: Base, size: Size, branches: Path, to: Path) -> None:
