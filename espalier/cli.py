@@ -77,6 +77,10 @@ Allowed = Annotated[
     list[str] | None, typer.Option("--allow", help="Head folder that may hold code or use another backend.")
 ]
 Kept = Annotated[int, typer.Option("--keep", min=2, help="States to keep for a rollback.")]
+MergeAfter = Annotated[
+    float | None,
+    typer.Option("--merge", min=0, help="Merge the heads of a tap after so many seconds of rest. [default: never]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a pipe instead of a table.")]
 RepositoryPath = Annotated[Path, typer.Option("--repository", help="The model repository.")]
 Url = Annotated[
@@ -401,6 +405,7 @@ def serve(
     log_file: Annotated[Path, typer.Option(help="Triton's log.")] = Path("logs/tritonserver.log"),
     allow: Allowed = None,
     keep: Kept = 20,
+    merge: MergeAfter = None,
 ) -> None:
     """Serve a model repository with the embedded Triton until Ctrl-C or SIGTERM; heads that are dropped there, too."""
     from serving.control import Control
@@ -417,7 +422,7 @@ def serve(
         metrics_port=metrics_port, ready_model=None, model_control="explicit", cores=cores_counted(scheduling),
     )  # fmt: skip
     control = Control(server.grpc_url, server.http_url)
-    service = Service(_wiring(repository, store, control, allow, keep), host, wiring_port)
+    service = Service(_wiring(repository, store, control, allow, keep, merge), host, wiring_port)
     log_to(sys.stderr)
     with show.waiting("starting Triton") as status:
 
@@ -438,6 +443,7 @@ def wire(
     host: Annotated[str, typer.Option(help="Address to listen on for metrics.")] = "127.0.0.1",
     allow: Allowed = None,
     keep: Kept = 20,
+    merge: MergeAfter = None,
     once: Annotated[bool, typer.Option("--once", help="Wire what is there now, and end.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -445,7 +451,8 @@ def wire(
     from serving.service import Service, log_to
 
     store = _live(repository, live)
-    wiring = _wiring(repository, store, _control(url, http_url), allow, keep)
+    rest = 0.0 if once and merge is not None else merge  # who does not stay merges at once
+    wiring = _wiring(repository, store, _control(url, http_url), allow, keep, rest)
     log_to(sys.stderr)
     if once:
         with show.waiting("wiring"):
@@ -679,11 +686,14 @@ def _live(repository: Path, live: Path | None, must_exist: bool = False) -> "Liv
     return store
 
 
-def _wiring(repository: Path, live: "Live", control: "Control", allow: list[str] | None, keep: int | None) -> "Wiring":
+def _wiring(
+    repository: Path, live: "Live", control: "Control", allow: list[str] | None, keep: int | None,
+    merge: float | None = None,
+) -> "Wiring":  # fmt: skip
     from serving.wiring import Wiring
 
     live.prepare()
-    wiring = Wiring(repository, live, control, frozenset(allow or ()), keep)
+    wiring = Wiring(repository, live, control, frozenset(allow or ()), keep, merge)
     wiring.inbox.look()  # says in one sentence what is wrong with the repository, before anything starts
     return wiring
 

@@ -211,11 +211,13 @@ def _reasons(folders: Mapping[str, FolderStatus]) -> None:
 def history(states: "Sequence[State]") -> None:
     """Print what was served, the newest first."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("generation", "time (UTC)", "changes", "tasks"):
+    merged = any(state.groups for state in states)
+    for column in ("generation", "time (UTC)", "changes", "tasks", *(("merged",) if merged else ())):
         table.add_column(column)
     for state in reversed(states):
         when = state.time.strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(str(state.generation), when, escape(", ".join(state.changes)), escape(", ".join(state.heads)))
+        cells = [", ".join(state.changes), ", ".join(state.heads), "; ".join(", ".join(own) for own in state.merged)]
+        table.add_row(str(state.generation), when, *map(escape, cells if merged else cells[:2]))
     output.print(table)
 
 

@@ -1,6 +1,6 @@
 """Several heads of one tap as one ONNX model: one step of the server instead of one each."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -10,8 +10,8 @@ from espalier.configs import merged_config, merged_labels, write_config
 from espalier.contract import LABELS_FILE, MODEL_FILE, HeadInfo, Kind
 from espalier.errors import ContractError
 
-LARGEST = 1_500_000_000
-"""Bytes of all heads in a model: an ONNX file ends at 2 GiB."""
+LARGEST = 1_000_000_000
+"""Bytes of all heads in a model: an ONNX file ends at 2 GiB, and making it takes four times its size in memory."""
 
 
 def merge(name: str, heads: Sequence[tuple[HeadInfo, Path]], to: Path) -> None:
@@ -20,11 +20,13 @@ def merge(name: str, heads: Sequence[tuple[HeadInfo, Path]], to: Path) -> None:
     In its config it is called `name`. Every tensor's name begins with its task, but for the inputs, which all heads
     share. Raises ContractError if the heads cannot be one model.
     """
-    if size(folder for _, folder in heads) > LARGEST:
+    if sum(size(folder) for _, folder in heads) > LARGEST:
         raise ContractError(f"{name}: {len(heads)} heads are more than one ONNX file can hold; merge fewer")
     parts = []
     for head, folder in heads:
-        part = onnx.load(model_file(folder))
+        part = onnx.load(_model_file(folder))
+        if part.functions or part.graph.sparse_initializer:
+            raise ContractError(f"{folder} holds ONNX functions or sparse weights, which cannot be merged")
         prefix = f"{head.task}."
         # Weights are told beforehand: the body of a loop, which is renamed before them, uses some.
         weights = {weight.name: prefix + weight.name for weight in part.graph.initializer}
@@ -33,7 +35,7 @@ def merge(name: str, heads: Sequence[tuple[HeadInfo, Path]], to: Path) -> None:
     whole = parts[0]
     inputs = {tensor.name: tensor for part in parts for tensor in part.graph.input}
     for (_, folder), part in zip(heads[1:], parts[1:], strict=True):
-        if part.functions or _opsets(part) != _opsets(whole):
+        if _opsets(part) != _opsets(whole):
             raise ContractError(f"{folder} has other operators than {heads[0][1]}; export both again")
         for field in ("node", "initializer", "output"):
             getattr(whole.graph, field).extend(getattr(part.graph, field))
@@ -49,13 +51,12 @@ def merge(name: str, heads: Sequence[tuple[HeadInfo, Path]], to: Path) -> None:
     write_config(to, merged_config(name, [head for head, _ in heads]))
 
 
-def size(folders: Iterable[Path]) -> int:
-    """Return the bytes of the ONNX files of head folders."""
-    return sum(model_file(folder).stat().st_size for folder in folders)
+def size(folder: Path) -> int:
+    """Return the bytes of a head: of its newest version, with weights in files of their own."""
+    return sum(file.stat().st_size for file in _model_file(folder).parent.rglob("*") if file.is_file())
 
 
-def model_file(folder: Path) -> Path:
-    """Return the ONNX file of a model folder, of its newest version."""
+def _model_file(folder: Path) -> Path:
     return max(folder.glob(f"[0-9]*/{MODEL_FILE}"), key=lambda file: int(file.parent.name))
 
 

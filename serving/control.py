@@ -27,6 +27,8 @@ _LENGTHS = (1, 7)
 _TEXTS = ("Wake me at half past seven.", "a", "")
 _TOLERANCE = 2e-2
 """How far the probabilities of an FP16 head may be from summing up to one."""
+_SAME = 1e-2
+"""How far the answers of merged heads may be from their own, and by which part: on a CPU they are the same bits."""
 PATIENCE = 60.0
 """Seconds for one smoke inference."""
 
@@ -127,21 +129,33 @@ class Control:
             answer = self._infer(model, inputs, [info.output])[info.output]
             _check_answer(info, answer, length)
 
-    def try_ensemble(self, name: str, heads: Mapping[str, HeadInfo]) -> None:
-        """Ask the ensemble `name` every task, alone and all together; raise Refused if an answer cannot be right."""
+    def try_ensemble(self, name: str, heads: Mapping[str, HeadInfo], like: str | None = None) -> None:
+        """Ask the ensemble `name` every task, alone and all together; raise Refused if an answer cannot be right.
+
+        With `like` the answers must be those of that ensemble.
+        """
         for text in _TEXTS:
             rows = np.array([[text.encode()]], np.object_)
-            self._check(name, rows, heads)
+            answers = self._check(name, rows, heads)
+            if like is not None:
+                _compare(answers, self._check(like, rows, heads))
         rows = np.array([[text.encode() for text in _TEXTS[:2]]], np.object_)
         self._check(name, rows, heads)
         for task, info in heads.items():
             self._check(name, rows, {task: info})
 
-    def _check(self, name: str, rows: Array, heads: Mapping[str, HeadInfo]) -> None:
+    def _check(self, name: str, rows: Array, heads: Mapping[str, HeadInfo]) -> dict[str, Array]:
         answers = self._infer(name, {TEXT: rows}, [*heads, OFFSETS])
         tokens = answers[OFFSETS].shape[1]
         for task, info in heads.items():
             _check_answer(info, answers[task], tokens)
+        return answers
+
+
+def _compare(answers: Mapping[str, Array], others: Mapping[str, Array]) -> None:
+    for task, answer in answers.items():
+        if not np.allclose(answer, others[task], rtol=_SAME, atol=_SAME):
+            raise Refused(f"it answers {task!r} otherwise than what is served")
 
 
 def _check_answer(info: HeadInfo, answer: Array, tokens: int) -> None:

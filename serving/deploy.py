@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from espalier.configs import ensemble_config, ensemble_generation
-from espalier.contract import ENSEMBLE, OFFSETS, TOKENIZER
+from espalier.contract import ENSEMBLE, OFFSETS, TOKENIZER, Merged
 from espalier.errors import ContractError, WiringError
 from serving.control import Control, Refused
-from serving.live import Live, State
+from serving.live import Live
 from serving.plan import Head, Served
 
 log = logging.getLogger("espalier.wiring")
@@ -37,16 +37,17 @@ class Deployer:
         self._live = live
         self._control = control
 
-    def tasks(self, generation: int) -> set[str]:
-        """Return the tasks that Triton serves of this generation."""
+    def there(self, generation: int) -> tuple[set[str], set[str]]:
+        """Return the tasks that Triton serves of this generation, and the models of its ensemble's steps."""
         config = self._control.config(ENSEMBLE)
-        if config is None:
-            return set()
         try:
-            ours = ensemble_generation(config) == generation
+            ours = config is not None and ensemble_generation(config) == generation
         except ContractError:  # an ensemble of that name which is not ours
             ours = False
-        return {output.name for output in config.output} - {OFFSETS} if ours else set()
+        if config is None or not ours:
+            return set(), set()
+        tasks = {output.name for output in config.output} - {OFFSETS}
+        return tasks, {step.model_name for step in config.ensemble_scheduling.step}
 
     def restore(self, target: Served, generation: int) -> tuple[Served, dict[str, str]]:
         """Bring back what was served before, but for heads that cannot be loaded any more.
@@ -59,6 +60,12 @@ class Deployer:
                 self._load(target)
                 break
             except Rejected as error:
+                lost_groups = {group.model for group in target.groups} & set(error.reasons)
+                if lost_groups:
+                    log.error("generation %d comes back with heads apart: %s", generation, error)
+                    target = target.with_groups(g for g in target.groups if g.model not in lost_groups)
+                    reasons |= error.reasons
+                    continue
                 lost = {task for task, head in target.heads.items() if head.model in error.reasons}
                 if not lost:
                     raise
@@ -109,7 +116,9 @@ class Deployer:
     def _try_heads(self, target: Served, heads: Mapping[str, Head]) -> None:
         by_tap = {segment.info.stop: segment.info for segment in target.chain}
         reasons = {}
-        for head in heads.values():
+        for task, head in heads.items():
+            if task in target.grouped:
+                continue  # it answered alone before it was merged
             try:
                 self._control.try_head(head.model, head.info, by_tap[head.info.tap])
             except Refused as error:
@@ -119,10 +128,11 @@ class Deployer:
 
     def _try_ensemble(self, target: Served, new: Mapping[str, Head], fresh: set[str]) -> None:
         """Ask an ensemble like the one that is to be; if it fails, find out by whom."""
-        why = self._trial(target)
+        merged = set[str]() if new else {group.model for group in target.groups} & fresh
+        why = self._trial(target, like=ENSEMBLE if merged else None)
         if why is None:
             return
-        reasons = {}
+        reasons = dict.fromkeys(merged, f"the ensemble with it fails: {why}")
         for task, head in new.items():
             own = self._trial(target.only({task})) if len(target.heads) > 1 else why
             if own is not None:
@@ -136,14 +146,14 @@ class Deployer:
             raise WiringError(f"the ensemble fails: {why}")
         raise Rejected(reasons, lasting=True)
 
-    def _trial(self, target: Served) -> str | None:
-        """Return why an ensemble of `target` fails, None if it does not."""
+    def _trial(self, target: Served, like: str | None = None) -> str | None:
+        """Return why an ensemble of `target` fails, or answers otherwise than `like`; None if it does not."""
         try:
             self._write(target, 1, TRIAL)
             if TRIAL not in self._control.index():
                 raise self._blind(TRIAL)
             self._control.load(TRIAL)
-            self._control.try_ensemble(TRIAL, {task: head.info for task, head in target.heads.items()})
+            self._control.try_ensemble(TRIAL, {task: head.info for task, head in target.heads.items()}, like)
         except Refused as error:
             return str(error)
         finally:
@@ -160,7 +170,7 @@ class Deployer:
             self._control.load(ENSEMBLE)
         except Refused as error:
             raise WiringError(f"{self._control.url} refuses generation {generation} of {ENSEMBLE}: {error}") from error
-        if self.tasks(generation) != set(target.heads):
+        if self.there(generation)[0] != set(target.heads):
             raise self._blind(f"generation {generation} of {ENSEMBLE}")
 
     def _write(self, target: Served, generation: int, name: str) -> None:
@@ -168,7 +178,8 @@ class Deployer:
         models |= {segment.info.model: segment.model for segment in target.chain}
         models |= {head.info.model: head.model for head in target.heads.values()}
         infos = [head.info for head in target.heads.values()]
-        config = ensemble_config([segment.info for segment in target.chain], infos, generation, models)
+        merged = [Merged(group.model, group.infos, group.answers(target.heads)) for group in target.groups]
+        config = ensemble_config([segment.info for segment in target.chain], infos, generation, models, merged)
         config.name = name
         self._live.write_ensemble(config, generation)
 
@@ -178,11 +189,10 @@ class Deployer:
             f"--model-repository={self._live.models} (by whatever path it knows that folder)"
         )
 
-    def tidy(self, state: State, at_once: bool) -> None:
-        """Unload what the state does not need. Models of others are left alone."""
-        needed = state.models | {ENSEMBLE}
+    def tidy(self, needed: Collection[str], at_once: bool) -> None:
+        """Unload what is not among the models that are `needed`. Models of others are left alone."""
         ready = [model for model, ready in self._control.index().items() if ready]
-        surplus = [model for model in ready if model not in needed and self._live.has(model)]
+        surplus = [model for model in ready if model not in {ENSEMBLE, *needed} and self._live.has(model)]
         if surplus and not at_once:
             time.sleep(GRACE)  # requests that began before the ensemble changed
         for model in sorted(surplus, key=lambda model: model != TRIAL):

@@ -4,6 +4,7 @@
         tokenizer-<digest>/    one folder per content; once it is there it never changes
         trunk_0_3-<digest>/
         head_mrpc-<digest>/
+        heads_7-<digest>/      several of them, merged (serving.merging)
         multitask/             the ensemble: which of them are served
     LIVE/history/<generation>.json   every state that was served, the newest of them now
     LIVE/status.json           what became of each folder of the repository
@@ -55,19 +56,29 @@ class State(BaseModel):
     tokenizer: str
     trunk: tuple[str, ...]  # from the bottom up
     heads: dict[str, Wired]  # by task, candidates too
+    groups: dict[str, dict[str, str]] = {}
+    """By merged model: the heads that it holds, by task, as the models that they are by themselves."""
     overruled: dict[str, str] = {}
     """By task: the content that lies in the repository but was rolled back from ("" where there is no folder)."""
     overruled_trunk: tuple[str, ...] = ()
     """The models of the trunk that lies in the repository, if it was rolled back from."""
 
     @property
-    def models(self) -> set[str]:
-        """All models that the state needs, the ensemble aside."""
-        return {self.tokenizer, *self.trunk, *(head.model for head in self.heads.values())}
+    def merged(self) -> list[list[str]]:
+        """The tasks that each merged model answers."""
+        served = {(task, head.model) for task, head in self.heads.items()}
+        return [sorted(task for task, model in own.items() if (task, model) in served) for own in self.groups.values()]
 
     @property
-    def parts(self) -> tuple[object, ...]:
-        """All that Triton sees of it: equal parts are served alike."""
+    def models(self) -> set[str]:
+        """All models that are loaded for the state, the ensemble aside."""
+        merged = {task for tasks in self.merged for task in tasks}
+        apart = (head.model for task, head in self.heads.items() if task not in merged)
+        return {self.tokenizer, *self.trunk, *self.groups, *apart}
+
+    @property
+    def answers(self) -> tuple[object, ...]:
+        """What it answers with, whether heads are merged or not."""
         return self.tokenizer, self.trunk, {task: head.model for task, head in self.heads.items()}
 
 
@@ -129,9 +140,11 @@ class Live:
         made = [int(path.name) for path in (self.models / ENSEMBLE).glob("[0-9]*")]
         return max([*made, *self._generations()], default=int(time.time())) + 1
 
-    def record(self, state: State) -> None:
-        """Make `state` the newest of the history."""
+    def record(self, state: State, instead: State | None = None) -> None:
+        """Make `state` the newest of the history, in the place of another one where it is told `instead` of which."""
         write_whole(self._file(state.generation), state.model_dump_json(indent=2) + "\n")
+        if instead is not None:
+            self._file(instead.generation).unlink(missing_ok=True)
 
     def _file(self, generation: int) -> Path:
         return self._history / f"{generation}.json"
@@ -180,7 +193,11 @@ class Live:
         for state in states[:-keep]:
             self._file(state.generation).unlink(missing_ok=True)
         kept = states[-keep:]
-        needed = {ENSEMBLE, *spare}.union(*(state.models for state in kept))
+        needed = {ENSEMBLE, *spare}
+        for state in kept:
+            needed |= {state.tokenizer, *state.trunk, *(head.model for head in state.heads.values())}
+        if kept:  # merged models of older states are made again when they are wanted
+            needed |= {*kept[-1].groups}
         for folder in self.models.iterdir():
             if folder.name not in needed:
                 (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: without it the folder counts for nothing

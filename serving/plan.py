@@ -6,7 +6,7 @@ folder is there.
 
 import contextlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -51,29 +51,57 @@ class Trunk:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Heads of one tap that were merged into one model."""
+
+    model: str
+    tap: int
+    infos: tuple[HeadInfo, ...]
+    models: Mapping[str, str]  # that each head is by itself, by task
+
+    def answers(self, heads: Mapping[str, Head]) -> frozenset[str]:
+        """Return the tasks that it answers where `heads` are served: those whose head is still the one it holds."""
+        return frozenset(task for task, own in self.models.items() if task in heads and heads[task].model == own)
+
+
+@dataclass(frozen=True)
 class Served:
     """What is served, or is to be."""
 
     tokenizer: str
     chain: tuple[Segment, ...]
     heads: Mapping[str, Head]  # by task
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def grouped(self) -> set[str]:
+        """The tasks that groups answer."""
+        return {task for group in self.groups for task in group.answers(self.heads)}
 
     @property
     def models(self) -> set[str]:
-        """All models that it needs, the ensemble aside."""
-        return {self.tokenizer, *(s.model for s in self.chain), *(head.model for head in self.heads.values())}
+        """All models that it needs, the ensemble aside: heads that a group answers are none."""
+        grouped = self.grouped
+        apart = (head.model for task, head in self.heads.items() if task not in grouped)
+        return {self.tokenizer, *(s.model for s in self.chain), *(group.model for group in self.groups), *apart}
 
     @property
     def parts(self) -> tuple[object, ...]:
         """All that Triton sees of it: equal parts are served alike."""
         chain = tuple(segment.model for segment in self.chain)
-        return self.tokenizer, chain, {task: head.model for task, head in self.heads.items()}
+        heads = {task: head.model for task, head in self.heads.items()}
+        return self.tokenizer, chain, heads, {group.model for group in self.groups}
 
     def only(self, tasks: Collection[str]) -> "Served":
         """Return this with no other tasks, nor segments that they do not need: Triton refuses tensors without use."""
         heads = {task: head for task, head in self.heads.items() if task in tasks}
         deepest = max((head.info.tap for head in heads.values()), default=0)
-        return Served(self.tokenizer, tuple(s for s in self.chain if s.info.stop <= deepest), heads)
+        chain = tuple(s for s in self.chain if s.info.stop <= deepest)
+        return Served(self.tokenizer, chain, heads).with_groups(self.groups)
+
+    def with_groups(self, groups: Iterable[Group]) -> "Served":
+        """Return this with those of `groups` that answer one of its tasks."""
+        return replace(self, groups=tuple(group for group in groups if group.answers(self.heads)))
 
     @property
     def trunk(self) -> Trunk:

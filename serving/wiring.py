@@ -3,7 +3,7 @@
 One pass, under the lock of the live store: see that Triton serves the newest state of the history (a Triton that
 restarted, or a pass that was killed, is brought back to it); read the folders that changed; choose what to serve; try
 it out; point the ensemble at it; write the state down. Until that last step the state before counts, so a pass may be
-killed anywhere, and several may run in turn.
+killed anywhere, and several may run in turn. A pass in which nothing changed may merge heads (serving.merging).
 """
 
 import contextlib
@@ -17,11 +17,12 @@ from pathlib import Path
 from espalier.contract import SEGMENT_NAME, TOKENIZER, FolderStatus, HeadInfo, StatusFile, TrunkInfo, head_name, task_of
 from espalier.errors import ContractError, UnavailableError, WiringError
 from espalier.repository import adopted
+from serving import merging
 from serving.control import Control
 from serving.deploy import Deployer, Rejected
 from serving.inbox import Folder, Inbox
 from serving.live import HISTORY, Live, State, Wired
-from serving.plan import TRUNK, Head, Segment, Served, Trunk, choose
+from serving.plan import TRUNK, Group, Head, Segment, Served, Trunk, choose
 from serving.reader import Reader
 
 log = logging.getLogger("espalier.wiring")
@@ -61,12 +62,15 @@ class Wiring:
     control: Control
     allowed: frozenset[str] = frozenset()  # folders that may hold code
     keep: int | None = HISTORY  # None: nothing is removed
+    merge_after: float | None = None  # seconds of rest after which the heads of a tap are merged; None: never
     report: Callable[[StatusFile], None] = lambda status: None
 
     inbox: Inbox = field(init=False)
     reader: Reader = field(init=False)
     rejected: dict[str, tuple[str, float]] = field(default_factory=dict, init=False)
     """By model: why the server refused it, and the end of that on the monotonic clock."""
+    regroup_from: float = field(default=0.0, init=False)
+    """When heads are merged or parted at the earliest, on the monotonic clock."""
     deaths: dict[str, int] = field(default_factory=dict, init=False)
     told: dict[str, str] = field(default_factory=dict, init=False)
     """By folder: the refusal that the log tells of."""
@@ -122,9 +126,10 @@ class _Pass:
         self.now = time.monotonic()
         self.refusals = 0
         self.state = self.live.state()
+        self.restored = False  # whether this pass did it
         self.served = self._restored()
-        if self.state is not None and not wiring.tidied:  # a pass that was killed may have left something
-            self._tidy(self.state, at_once=True)
+        if self.state is not None and (self.restored or not wiring.tidied):  # a killed pass may have left something
+            self._tidy(self.state, at_once=not wiring.tidied)
             wiring.tidied = True
         self.folders: Mapping[str, Folder | None] = {}
 
@@ -146,6 +151,8 @@ class _Pass:
                 self._reject(error)
                 continue
             break
+        if change is None and not restless:
+            change = self._regroup(overruled, trunk, refused)
         status = self._tell(refused, loading=set())
         return Pass(status, change, restless, self.refusals)
 
@@ -160,11 +167,11 @@ class _Pass:
         except ContractError as error:
             log.error("what was served cannot be read any more (%s); starting from the repository", error)
             return None
-        there = self.deployer.tasks(self.state.generation)
-        wanted = target.only(
-            {task for task, h in target.heads.items() if task in there or not self._rejection(h.model)}
-        )
-        if there == set(wanted.heads):
+        there, models = self.deployer.there(self.state.generation)
+        target = target.with_groups(g for g in target.groups if g.model in models or not self._rejection(g.model))
+        kept = there | target.grouped
+        wanted = target.only({task for task, h in target.heads.items() if task in kept or not self._rejection(h.model)})
+        if there == set(wanted.heads) and models >= {group.model for group in wanted.groups}:
             return wanted
         log.info("bringing Triton to generation %d: %s", self.state.generation, ", ".join(wanted.heads))
         try:
@@ -173,6 +180,7 @@ class _Pass:
             log.error("generation %d is refused (%s); starting from the repository", self.state.generation, error)
             return None
         self._reject(Rejected(reasons, lasting=False))
+        self.restored = True
         return served
 
     def _target(self, state: State) -> Served:
@@ -181,7 +189,8 @@ class _Pass:
         for task, wired in state.heads.items():
             config = adopted(self.live.config(wired.model), head_name(task))
             heads[task] = Head(wired.model, HeadInfo.read(config), config, wired.digest, wired.version)
-        return Served(state.tokenizer, chain, heads)
+        groups = (merging.read(model, models, self.live) for model, models in state.groups.items())
+        return Served(state.tokenizer, chain, heads).with_groups(group for group in groups if group is not None)
 
     def _known_folders(self) -> set[str]:
         """Return the folders that were there when the newest state was reached, as far as it tells."""
@@ -214,6 +223,8 @@ class _Pass:
             if whys or trunk_overruled:
                 trunk = None
         target, unfit = choose(trunk, heads, present, self.served)
+        if target is not None and self.served is not None:
+            target = target.with_groups(g for g in self.served.groups if not self._rejection(g.model))
         return target, {**unfit, **refused}
 
     def _trunk(self) -> Trunk | None:
@@ -261,9 +272,12 @@ class _Pass:
 
     def _change(
         self, target: Served, overruled: dict[str, str], trunk: tuple[str, ...], refused: Mapping[str, str],
-        why: str = "",
+        why: str = "", regroups: bool = False,
     ) -> Change:  # fmt: skip
-        """Serve `target`, and write down that `overruled` and `trunk` are passed over. Raises Rejected."""
+        """Serve `target`, and write down that `overruled` and `trunk` are passed over. Raises Rejected.
+
+        What only `regroups` heads takes the place of the state before: it answers the same.
+        """
         old = self.served.heads if self.served else {}
         new = [task for task, head in target.heads.items() if task not in old or old[task].model != head.model]
         self._tell(refused, loading=set(new))
@@ -276,27 +290,80 @@ class _Pass:
                 self.deployer.restore(self.served, self.state.generation)
             raise
         first = self.served is None
+        before = self.state if regroups else None
         reached = State(
             generation=generation,
-            time=datetime.now(UTC).replace(microsecond=0),
-            changes=(*([why] if why else []), *_changes(target, self.served)),
+            time=before.time if before else datetime.now(UTC).replace(microsecond=0),
+            changes=before.changes if before else (*([why] if why else []), *_changes(target, self.served)),
             tokenizer=target.tokenizer,
             trunk=tuple(segment.model for segment in target.chain),
             heads={
                 task: Wired(model=head.model, digest=head.digest, version=head.version)
                 for task, head in sorted(target.heads.items())
             },
+            groups={group.model: dict(group.models) for group in target.groups},
             overruled=overruled,
             overruled_trunk=trunk,
         )
-        self.live.record(reached)
+        self.live.record(reached, before)
         self.served, self.state = target, reached
-        log.info("generation %d: %s", generation, ", ".join(reached.changes))
+        merged = "; ".join(", ".join(tasks) for tasks in reached.merged) or "none"
+        said = f"merged heads: {merged}" if regroups else ", ".join(reached.changes)
+        log.info("generation %d: %s", generation, said)
         now = time.time()
         changed = {name: folder.changed for name, folder in self.folders.items() if folder is not None}
         seconds = {task: now - changed[head_name(task)] for task in new if head_name(task) in changed}
         self._tidy(reached, at_once=first)
         return Change(reached, seconds)
+
+    def _regroup(self, overruled: dict[str, str], trunk: tuple[str, ...], refused: Mapping[str, str]) -> Change | None:
+        """Merge the heads of a tap, if what is served has been at rest for long enough; or part all, if none shall be.
+
+        One tap in a pass, so that what is wrong with one keeps no other apart.
+        """
+        if self.served is None or self.state is None or self.now < self.wiring.regroup_from:
+            return None
+        for groups in self._regroupings(self.served, self.state):
+            target = self.served.with_groups(groups)
+            if target.parts == self.served.parts:
+                continue
+            try:
+                return self._change(target, overruled, trunk, refused, regroups=True)
+            except Rejected as error:
+                # Heads are not rejected: they were served before.
+                models = {group.model for group in groups}
+                blamed = {model: why for model, why in error.reasons.items() if model in models}
+                self._reject(Rejected(blamed, error.lasting))
+                self.wiring.regroup_from = self.now + RETRY
+                log.warning("heads stay as they are: %s", error)
+                self._tidy(self.state, at_once=True)
+                return None
+        return None
+
+    def _regroupings(self, served: Served, state: State) -> Iterator[list[Group]]:
+        """Yield the groups of what is to be tried, tap by tap."""
+        after = self.wiring.merge_after
+        if after is None:
+            yield []
+        elif (datetime.now(UTC) - state.time).total_seconds() >= after:
+            wanted = merging.groups(served, self.live)
+            for tap in sorted({group.tap for group in served.groups} | wanted.keys()):
+                own = wanted.get(tap, [])
+                if all([self._made(group) for group in own]):
+                    others = [group for group in served.groups if group.tap != tap]
+                    yield sorted([*own, *others], key=lambda group: (group.tap, group.model))
+
+    def _made(self, group: Group) -> bool:
+        """Make the model of a group if there is none; return whether it is fit to be served, as far as is known."""
+        if self._rejection(group.model):
+            return False
+        try:
+            merging.make(group, self.live)
+        except ContractError as error:
+            self._reject(Rejected({group.model: str(error)}, lasting=True))
+            log.warning("heads stay as they are: %s", error)
+            return False
+        return True
 
     def _pass_over(self, state: State, overruled: dict[str, str], trunk: tuple[str, ...]) -> None:
         """Write down what is passed over from now on; what is served stays."""
@@ -321,7 +388,7 @@ class _Pass:
             self.wiring.deaths.pop(model, None)
 
     def _tidy(self, state: State, at_once: bool) -> None:
-        self.deployer.tidy(state, at_once)
+        self.deployer.tidy(self.served.models if self.served else state.models, at_once)
         if self.wiring.keep is not None:
             waiting = {read.model for read in self.wiring.reader.reads.values() if read.model is not None}
             self.live.prune(self.wiring.keep, waiting)
@@ -334,7 +401,7 @@ class _Pass:
         if self.state is None:
             raise WiringError(f"{self.live.path} knows of nothing that was served")
         if generation is None:
-            before = [state for state in history if state.parts != self.state.parts]
+            before = [state for state in history if state.answers != self.state.answers]
             if not before:
                 raise WiringError(f"{self.live.path} knows of nothing else that was served")
             goal = before[-1]
@@ -343,7 +410,7 @@ class _Pass:
             if generation not in kept:
                 raise WiringError(f"generation {generation} is not kept; kept are {', '.join(map(str, kept))}")
             goal = kept[generation]
-        if goal.parts == self.state.parts:
+        if goal.answers == self.state.answers:
             raise WiringError(f"generation {goal.generation} is what is served now")
         self._wait_for_rest()
         target = self._target(goal)

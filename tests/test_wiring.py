@@ -24,10 +24,11 @@ from espalier.encoder import Base, Encoder
 from espalier.errors import ContractError, UnavailableError, WiringError
 from espalier.files import digest, exchange
 from espalier.scheduling import Scheduling, available_cores
+from export import merge
 from export.repository import export
 from serving.control import Control, Refused
 from serving.deploy import TRIAL
-from serving.live import Live, live_folder
+from serving.live import Live, State, live_folder
 from serving.triton import TritonServer, free_ports
 from serving.wiring import DEATHS, Pass, Wiring
 
@@ -83,9 +84,10 @@ class Stage:
         self.control = Control(server.grpc_url, server.http_url)
         self.wiring = self.another()
 
-    def another(self, **options: Any) -> Wiring:
+    def another(self, tidied: bool = False, **options: Any) -> Wiring:
         wiring = Wiring(self.repository, self.live, self.control, **options)
         wiring.inbox.settled = 0.2
+        wiring.tidied = tidied
         return wiring
 
     def drop(self, repository: str, *folders: str, as_: str | None = None) -> None:
@@ -497,11 +499,11 @@ def test_a_head_that_fails_among_others_alone_is_told_apart(stage: Stage, monkey
     """Two heads come at once; one of them fails in the ensemble, which nobody else may notice."""
     original, asked = Control.try_ensemble, []
 
-    def fail(control: Control, name: str, heads: dict[str, HeadInfo]) -> None:
+    def fail(control: Control, name: str, heads: dict[str, HeadInfo], like: str | None) -> None:
         asked.append(name)
         if "slots" in heads:
             raise Refused("it answers with numbers that are not finite")
-        original(control, name, heads)
+        original(control, name, heads, like)
 
     monkeypatch.setattr(Control, "try_ensemble", fail)
     stage.drop("more", "head_slots", "head_same_request")
@@ -630,6 +632,254 @@ def test_an_http_endpoint_that_is_elsewhere_is_told_so_and_no_head_is_blamed(sta
             stage.settle(wiring)
     assert stage.tasks() == before
     assert stage.settle().change is not None, "the wiring that knows the endpoint takes the head"
+
+
+# --- merged heads -----------------------------------------------------------------------------------------------------
+
+
+def fill(stage: Stage) -> None:
+    """Serve two tasks on each of two taps, one on them a CRF, and a candidate."""
+    stage.drop("more", "head_slots", "head_slots_crf")
+    stage.drop("second", "head_intent", as_="head_intent__b")
+    stage.settle()
+
+
+def newest(stage: Stage) -> State:
+    state = stage.live.state()
+    assert state is not None
+    loaded = {model for model, ready in stage.control.index().items() if ready}
+    assert loaded == state.models | {ENSEMBLE}
+    return state
+
+
+def alone(state: State) -> set[str]:
+    """Return the tasks whose heads are models of their own."""
+    return set(state.heads).difference(*state.merged)
+
+
+def test_heads_at_rest_are_merged_and_answer_as_before(stage: Stage) -> None:
+    fill(stage)
+    before, candidate, apart = stage.ask(), stage.ask("intent__b"), newest(stage)
+    late = stage.another(merge_after=3600)
+    assert stage.settle(late).change is None, "it has not been at rest for an hour"
+    soon = stage.another(merge_after=0)
+    stage.settle(soon)
+    state = newest(stage)
+    assert state.merged == [["intent", "slots_crf"], ["slots", "urgency"]]
+    assert {model.partition("-")[0] for model in state.groups} == {"heads_1", "heads_2"}
+    assert alone(state) == {"intent__b"}, "a candidate is asked only by name"
+    assert (state.changes, state.time, state.answers) == (apart.changes, apart.time, apart.answers)
+    assert apart.generation not in [kept.generation for kept in stage.live.history()]
+    assert stage.ask() == before
+    for task in before[0]:
+        assert stage.ask(task) == [{task: row[task]} for row in before]
+    assert stage.ask("intent__b") == candidate
+    for wiring in (soon, stage.another(merge_after=0), late):
+        assert stage.settle(wiring).change is None
+    assert newest(stage) == state
+    stage.settle(stage.another())
+    assert newest(stage).models == apart.models
+    assert stage.ask() == before
+
+
+def test_a_merged_head_is_updated_removed_and_refused_like_any_other(stage: Stage) -> None:
+    fill(stage)
+    stage.settle(stage.another(merge_after=0))
+    before, groups = stage.ask(), newest(stage).groups
+    wiring = stage.another(merge_after=3600)
+    stage.drop("second", "head_urgency")
+    assert stage.settle(wiring).change.state.changes == ("updated urgency",)  # type: ignore[union-attr]
+    state = newest(stage)
+    assert state.groups == groups, "the others stay merged"
+    assert state.merged == [["intent", "slots_crf"], ["slots"]]
+    assert alone(state) == {"intent__b", "urgency"}
+    after = stage.ask()
+    for task in ("intent", "slots", "slots_crf"):
+        assert [row[task] for row in after] == [row[task] for row in before]
+    assert [row["urgency"] for row in after] != [row["urgency"] for row in before]
+    truncate(stage.repository / "head_slots")
+    assert stage.settle(wiring).change is None
+    assert stage.state("head_slots")[0] == "refused"
+    assert stage.ask() == after
+    stage.remove("head_slots_crf")
+    assert stage.settle(wiring).change.state.changes == ("removed slots_crf",)  # type: ignore[union-attr]
+    assert stage.tasks() == ["intent", "intent__b", "slots", "urgency"]
+    stage.settle(stage.another(merge_after=0))
+    state = newest(stage)
+    assert state.merged == [["slots", "urgency"]]
+    assert alone(state) == {"intent", "intent__b"}
+    assert stage.ask() == [{task: row[task] for task in ("intent", "slots", "urgency")} for row in after]
+
+
+def test_rollback_goes_by_what_is_answered_not_by_what_is_merged(stage: Stage) -> None:
+    fill(stage)
+    before = stage.ask()
+    wiring = stage.another(merge_after=0)
+    stage.settle(wiring)
+    first = newest(stage)
+    stage.drop("second", "head_urgency")
+    stage.settle(stage.another(merge_after=3600))
+    late = stage.ask()
+    assert late != before
+    state = wiring.rollback()
+    assert state.changes == (f"rolled back to {first.generation}", "updated urgency")
+    assert newest(stage).groups == first.groups, "the merged model that is still there answers it again"
+    assert stage.ask() == before
+    assert stage.settle(wiring).change is None
+    stage.drop("third", "head_urgency")
+    stage.remove("head_slots")
+    stage.settle(wiring)
+    assert newest(stage).merged == [["intent", "slots_crf"]], "one head on its tap is not merged"
+    wiring.rollback()
+    assert alone(newest(stage)) == {"intent__b", "slots", "urgency"}, "that model has gone"
+    assert stage.ask() == before
+    stage.drop("more", "head_slots")  # its owner changed it: what was rolled back from is forgotten
+    stage.settle()
+
+
+def test_merged_heads_come_back_and_apart_if_their_model_does_not(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(stage)
+    wiring = stage.another(merge_after=0)
+    stage.settle(wiring)
+    before, models = stage.ask(), newest(stage).models
+
+    def lose() -> None:
+        for model in [ENSEMBLE, *models]:
+            stage.control.unload(model)
+
+    lose()
+    assert stage.settle(wiring).change is None
+    assert newest(stage).models == models
+    assert stage.ask() == before
+    lose()
+    original = Control.load
+
+    def fail(control: Control, model: str) -> None:
+        if model.startswith("heads_1"):
+            raise Refused("out of memory")
+        original(control, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Control, "load", fail)
+        for _ in range(2):
+            stage.settle(wiring)
+            assert stage.ask() == before
+    wiring.rejected.clear()  # as after a minute
+    stage.settle(wiring)
+    assert newest(stage).models == models
+    assert stage.ask() == before
+    lose()
+    for folder in stage.live.models.glob("heads_*"):
+        shutil.rmtree(folder)
+    stage.settle(wiring)
+    assert newest(stage).models == models, "a merged model that is lost is made again"
+    assert stage.ask() == before
+
+
+def test_a_merged_model_that_answers_otherwise_is_not_served(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(stage)
+    before, state = stage.ask(), newest(stage)
+    original = merge.merge
+
+    def swap(name: str, heads: list[tuple[HeadInfo, Path]], to: Path) -> None:
+        other = stage.shop / "second" / "head_intent"
+        original(name, [(head, other if head.task == "intent" else folder) for head, folder in heads], to)
+
+    wiring = stage.another(merge_after=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "merge", swap)
+        assert stage.settle(wiring).change is None
+    assert any("it answers 'intent' otherwise than what is served" in record.message for record in caplog.records)
+    assert newest(stage) == state
+    assert stage.ask() == before
+    wiring.regroup_from = 0.0  # as after a minute
+    stage.settle(wiring)
+    assert newest(stage).merged == [["slots", "urgency"]], "the other tap is merged nevertheless"
+    assert stage.ask() == before
+
+
+def test_heads_that_cannot_be_merged_or_parted_stay_as_they_are(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(stage)
+    before, apart = stage.ask(), newest(stage)
+    original = Control.load
+
+    def no_more(part: str) -> Callable[[Control, str], None]:
+        def load(control: Control, model: str) -> None:
+            if model.startswith(part):
+                raise Refused("out of memory")
+            original(control, model)
+
+        return load
+
+    def broken(*arguments: object) -> None:
+        raise ValueError("a graph of another kind")
+
+    for owner, name, broken_one in ((merge, "merge", broken), (Control, "load", no_more("heads_"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken_one)
+            assert stage.settle(stage.another(merge_after=0)).change is None
+        assert newest(stage) == apart
+    assert any("cannot be made: a graph of another kind" in record.message for record in caplog.records)
+    stage.settle(stage.another(merge_after=0))
+    merged = newest(stage)
+    assert len(merged.merged) == 2
+    wiring = stage.another()
+    with monkeypatch.context() as patch:
+        patch.setattr(Control, "load", no_more("head_"))
+        assert stage.settle(wiring).change is None
+    assert newest(stage) == merged, "nothing more is loaded than before"
+    assert {entry.state for entry in stage.live.status().folders.values()} == {"serving"}  # type: ignore[union-attr]
+    assert stage.ask() == before
+
+
+def test_a_model_of_merged_heads_is_no_larger_than_it_may_be(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(stage)
+    stage.drop("more", "head_same_request")
+    stage.settle()
+    before = stage.ask()
+    sizes = [merge.size(stage.repository / f"head_{task}") for task in ("intent", "same_request")]
+    monkeypatch.setattr(merge, "LARGEST", sum(sizes))
+    stage.settle(stage.another(merge_after=0))
+    assert ["intent", "same_request"] in newest(stage).merged, "slots_crf is one too many"
+    assert stage.ask() == before
+
+
+def test_a_head_with_settings_of_its_own_stays_alone(stage: Stage) -> None:
+    fill(stage)
+    change_config(lambda config: setattr(config.instance_group[0], "count", 2))(stage.repository / "head_slots_crf")
+    stage.settle(stage.another(merge_after=0))
+    assert alone(newest(stage)) == {"intent", "intent__b", "slots_crf"}
+
+
+def test_a_merge_that_was_killed_is_made_up_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(stage)
+    before = stage.ask()
+    calls = [(Live, "adopt"), (Live, "write_ensemble"), (Live, "record"), (Live, "prune")]
+    calls += [(Control, name) for name in ("load", "try_ensemble", "unload")]
+    for owner, name in calls:
+        stage.settle(stage.another())
+        assert not newest(stage).groups
+        original = getattr(owner, name)
+
+        def killed(*arguments: object, original: Callable[..., object] = original) -> None:
+            original(*arguments)
+            raise KeyboardInterrupt
+
+        wiring = stage.another(merge_after=0, tidied=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                stage.settle(wiring)
+        assert stage.ask() == before, f"killed at {name}"
+        stage.settle(stage.another(merge_after=0))
+        assert len(newest(stage).groups) == 2, f"killed at {name}"
+        assert stage.ask() == before, f"killed at {name}"
 
 
 ASKING = """

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.cost import baseline, padded, padded_tokenizer, ways
@@ -31,8 +32,7 @@ class Built:
     @property
     def digest(self) -> str:
         """Tell these models from others."""
-        models = [path for folder in self.repositories.values() for path in sorted(folder.glob("*/*/*.onnx"))]
-        return digest(*(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in models))
+        return _models(*self.repositories.values())
 
 
 def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
@@ -57,8 +57,6 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
 
     whole, both = [size.trunk], [size.shallow, size.trunk]
     others: dict[str, Callable[[Path], None]] = {
-        "ours": lambda to: ways.merged(folder / "apart", to),
-        "ours_int8": lambda to: ways.merged(folder / "apart_int8", to),
         "today": lambda to: ways.full_models(levels[level], base.tokenizer, to),
         "paper": lambda to: ways.whole_layers(base, whole, branches, False, to),
         "folding": lambda to: ways.whole_layers(base, whole, branches, True, to),
@@ -71,7 +69,17 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
         report(way)
         repositories[way] = folder / way
         _keep(repositories[way], code, make)
+    for way, apart in (("ours", folder / "apart"), ("ours_int8", folder / "apart_int8")):
+        report(f"{way}: merging heads")
+        repositories[way] = folder / way
+        _keep(repositories[way], digest(code, _models(apart)), partial(ways.merged, apart))
     return Built(name, base.tokenizer, [branches / task for task in ways.TASKS], repositories, level)
+
+
+def _models(*repositories: Path) -> str:
+    """Tell the ONNX files of repositories from others."""
+    files = [path for repository in repositories for path in sorted(repository.glob("*/*/*.onnx"))]
+    return digest(*(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files))
 
 
 def _keep(to: Path, code: str, make: Callable[[Path], None]) -> None:
