@@ -63,16 +63,14 @@ def read_catalogue(ensemble: pb.ModelConfig, heads: Mapping[str, pb.ModelConfig]
     tasks = {}
     for name, (model, output) in answering(ensemble).items():
         try:
-            info = head_infos(heads[model])[output].model_copy(
-                update={"task": name}
-            )  # a candidate is a head of the task itself
+            info = head_infos(heads[model])[output]
         except ContractError as error:
             raise RequestError(f"the server's {error}") from error
         except KeyError as error:
             raise RequestError(
-                f"the server's {model} tells nothing of its output {output!r}; export it again"
+                f"the server's {model} does not tell of its output {output!r}; export it again"
             ) from error
         if info.kind is not Kind.REGRESSION and not info.labels:
             raise RequestError(f"the server's {model} names no labels for {name}; export it again")
-        tasks[name] = info
+        tasks[name] = info.model_copy(update={"task": name})  # a candidate is a head of the task itself
     return Catalogue(tasks, ensemble.max_batch_size, generation_of(ensemble))

@@ -323,6 +323,8 @@ class _Pass:
         """
         if self.served is None or self.state is None or self.now < self.wiring.regroup_from:
             return None
+        if self.served.heads.keys() != self.state.heads.keys():
+            return None  # a head could not be brought back yet: its state must not be replaced by one without it
         for groups in self._regroupings(self.served, self.state):
             target = self.served.with_groups(groups)
             if target.parts == self.served.parts:

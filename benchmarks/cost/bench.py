@@ -168,7 +168,7 @@ class _Bench:
     def _arrangement(self) -> dict[str, int]:
         ours, built = self._built.repositories["ours"], self._built
         with show.waiting("bound: looking for the best arrangement"):
-            found = bound.best(ours, built.tokenizer, self._mixed, ways.TASKS, self._seconds)
+            found = bound.best(ours, built.tokenizer, self._mixed, ways.TASKS, self._seconds / 2)
         self._say(f"bound: {found}")
         return asdict(found)
 
