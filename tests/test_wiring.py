@@ -535,18 +535,24 @@ def test_a_model_that_ends_the_server_is_tried_twice(stage: Stage, monkeypatch: 
     assert stage.tasks() == ["intent", "urgency"]
 
 
-def test_a_head_that_cannot_be_brought_back_leaves_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, original = stage.ask("intent"), Control.load
-    for model in [ENSEMBLE, *(stage.live.state().models)]:  # type: ignore[union-attr]
-        stage.control.unload(model)
+def no_memory_for(models: str) -> Callable[[Control, str], None]:
+    """Return a `Control.load` that fails for models whose names begin so."""
+    original = Control.load
 
-    def fail(control: Control, model: str) -> None:
-        if model.startswith("head_urgency"):
+    def load(control: Control, model: str) -> None:
+        if model.startswith(models):
             raise Refused("out of memory")
         original(control, model)
 
+    return load
+
+
+def test_a_head_that_cannot_be_brought_back_leaves_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stage.ask("intent")
+    for model in [ENSEMBLE, *(stage.live.state().models)]:  # type: ignore[union-attr]
+        stage.control.unload(model)
     with monkeypatch.context() as patch:
-        patch.setattr(Control, "load", fail)
+        patch.setattr(Control, "load", no_memory_for("head_urgency"))
         stage.wiring.reconcile()
     assert stage.ask("intent") == before
 
@@ -754,15 +760,8 @@ def test_merged_heads_come_back_and_apart_if_their_model_does_not(
     assert newest(stage).models == models
     assert stage.ask() == before
     lose()
-    original = Control.load
-
-    def fail(control: Control, model: str) -> None:
-        if model.startswith("heads_1"):
-            raise Refused("out of memory")
-        original(control, model)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Control, "load", fail)
+        patch.setattr(Control, "load", no_memory_for("heads_1"))
         for _ in range(2):
             stage.settle(wiring)
             assert stage.ask() == before
@@ -807,20 +806,11 @@ def test_heads_that_cannot_be_merged_or_parted_stay_as_they_are(
 ) -> None:
     fill(stage)
     before, apart = stage.ask(), newest(stage)
-    original = Control.load
-
-    def no_more(part: str) -> Callable[[Control, str], None]:
-        def load(control: Control, model: str) -> None:
-            if model.startswith(part):
-                raise Refused("out of memory")
-            original(control, model)
-
-        return load
 
     def broken(*arguments: object) -> None:
         raise ValueError("a graph of another kind")
 
-    for owner, name, broken_one in ((merge, "merge", broken), (Control, "load", no_more("heads_"))):
+    for owner, name, broken_one in ((merge, "merge", broken), (Control, "load", no_memory_for("heads_"))):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken_one)
             assert stage.settle(stage.another(merge_after=0)).change is None
@@ -831,7 +821,7 @@ def test_heads_that_cannot_be_merged_or_parted_stay_as_they_are(
     assert len(merged.merged) == 2
     wiring = stage.another()
     with monkeypatch.context() as patch:
-        patch.setattr(Control, "load", no_more("head_"))
+        patch.setattr(Control, "load", no_memory_for("head_"))
         assert stage.settle(wiring).change is None
     assert newest(stage) == merged, "nothing more is loaded than before"
     assert {entry.state for entry in stage.live.status().folders.values()} == {"serving"}  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from export.session import session, states
 
 BATCHES = (8, 16, 32)
 TURNS = 3
-"""Windows of each arrangement before one is chosen: they differ by less than two windows of one."""
+"""Windows of each arrangement before one is chosen: two windows of one differ by more than the arrangements do."""
 
 
 class Models:
