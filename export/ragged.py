@@ -11,6 +11,14 @@ from dataclasses import dataclass
 
 from export.graph import INT32, INT64, Graph
 
+_BLOCKED = -60.0
+"""Added to the score of a place without a token, where the item's last token is seen once more (see Grid.places).
+
+Its softmax is then at most e⁻⁶⁰ of the largest, which no sum in FP32 feels, and 0 in FP16. Far below that it would cost
+time: where it should give less than e⁻⁸⁷ ONNX Runtime's softmax gives denormals, never 0, and a processor takes many
+times as long for each (docs/speed.md).
+"""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -18,13 +26,13 @@ class Grid:
 
     items: str  # [B'] their indices
     valid: str  # [B',S'] whether the item has such a token
-    steps: str  # [S'] 0, 1, …
-    mask: str  # [B',1,S'] 0 for a token, a large negative number for none
+    places: str  # [B',S'] 0, 1, … up to the item's last token, which is repeated
+    mask: str  # [B',1,S'] 0 for a token, _BLOCKED for none
 
     def cells(self, graph: Graph, starts: str) -> str:
-        """Return [B',S']: for each place the row of its token when the items begin at `starts` [B], else row 0."""
+        """Return [B',S']: for each place the row of its token, or of the last one, if items begin at `starts` [B]."""
         own = graph.op("Unsqueeze", graph.op("Gather", starts, self.items), graph.ints(1))
-        return graph.op("Where", self.valid, graph.op("Add", own, self.steps), graph.integer(0))
+        return graph.op("Add", own, self.places)
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,12 @@ def declare(graph: Graph, item_dims: int, grids: int) -> Layout:
 
 def _grid(g: Graph, items: str, lengths: str, width: str) -> Grid:
     """Add the grid of `items` [B'], whose lengths are `lengths` [B'] and the longest `width`."""
-    steps = g.op("Range", g.integer(0), width, g.integer(1))
-    valid = g.op("Less", g.op("Unsqueeze", steps, g.ints(0)), g.op("Unsqueeze", lengths, g.ints(1)))
-    # -1e4 also fits FP16, and the softmax of it is 0 in either precision
-    blocked = g.op("Mul", g.cast(g.op("Not", valid), g.float_type), g.number(-1e4))
-    return Grid(items, valid, steps, g.op("Unsqueeze", blocked, g.ints(1)))
+    steps = g.op("Unsqueeze", g.op("Range", g.integer(0), width, g.integer(1)), g.ints(0))
+    ends = g.op("Unsqueeze", lengths, g.ints(1))
+    valid = g.op("Less", steps, ends)
+    places = g.op("Min", steps, g.op("Sub", ends, g.integer(1)))
+    blocked = g.op("Mul", g.cast(g.op("Not", valid), g.float_type), g.number(_BLOCKED))
+    return Grid(items, valid, places, g.op("Unsqueeze", blocked, g.ints(1)))
 
 
 def scatter(graph: Graph, layout: Layout, packed: str, flat_input: str, width: int, zero: str) -> str:

@@ -362,6 +362,14 @@ def test_without_batching_shapes_scalars_and_optional_inputs_work(served: Served
 
 
 @pytest.mark.server
+@pytest.mark.parametrize(("given", "expected"), [(1e-39, 0), (2e-38, 6e-38)], ids=["denormal", "smallest"])
+def test_a_denormal_counts_as_zero(served: Served, given: float, expected: float) -> None:
+    x, bias = np.full(4, given, np.float32), np.zeros(2, np.float32)
+    answer = served.ask("unbatched", x=x, scalar=np.array([3], np.float32), bias=bias)
+    assert answer.as_numpy("y").tolist() == [np.float32(expected)] * 4
+
+
+@pytest.mark.server
 def test_only_requested_outputs_are_sent(served: Served) -> None:
     x, scalar = np.arange(4, dtype=np.float32), np.array([3], np.float32)
     answer = served.ask("unbatched", outputs=["sum"], x=x, scalar=scalar)

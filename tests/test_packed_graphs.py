@@ -21,7 +21,7 @@ from espalier.errors import ExportError
 from export import check
 from export.check import Batch, compare_head, compare_segment
 from export.graph import INT64, Graph
-from export.models import head_model, segment_model
+from export.models import GRIDS, head_model, segment_model
 from export.ragged import declare
 
 
@@ -158,6 +158,30 @@ def test_attention_sees_items_in_grids_of_about_their_length(
     assert flat.max() < sum(items * places for items, places in shapes)
     starts = np.cumsum(widths) - widths.ravel()
     assert list(source) == [start + at for start, length in zip(starts, lengths, strict=True) for at in range(length)]
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_attention_weighs_places_without_a_token_next_to_nothing_and_meets_no_denormals(folded: bool) -> None:
+    trunk = encoder()
+    head = head_model(branch_of(trunk, Kind.CLASSIFICATION, 2, 5), "task", Target.CPU)
+    model = onnx.load_from_string(head if folded else segment_model(trunk, 1, 3, Target.CPU))
+    attention = [node.output[0] for node in model.graph.node if node.op_type == "Softmax"]
+    attention = attention[: 2 * GRIDS[Target.CPU]]  # of two layers; a head's last one gives its answer
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in attention)
+    lengths = np.array([[12], [9], [4], [4], [2], [1]], np.int32)
+    shape = np.hstack([lengths, np.full_like(lengths, 16)])
+    hidden = np.random.default_rng(0).normal(size=int(shape.prod(1).sum())).astype(np.float32)
+    below = "hidden" if folded else "hidden_below"
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    found = session.run(attention, {below: hidden, "length": lengths, "shape": shape})
+    assert [len(weights) for weights in found] == [2, 2, 2] * 2
+    empty = 0
+    for weights, own in zip(found, np.split(lengths, 3) * 2, strict=True):
+        assert weights.min() >= np.finfo(np.float32).tiny
+        for item, length in zip(weights, own.ravel(), strict=True):
+            assert (item[..., length:] <= np.exp(-59.9) * item.max(-1, keepdims=True)).all()
+            empty += item[..., length:].size
+    assert empty > 0
 
 
 @pytest.mark.parametrize("kind", list(Kind))
