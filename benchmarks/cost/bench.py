@@ -188,7 +188,7 @@ class _Bench:
 
             # These two are there for their own windows alone: eight full models leave the others less memory, in
             # smaller pages, and idle workers of the Python server take from their cores. After them ours is warmed up:
-            # it has had nothing to do for a minute.
+            # it idled meanwhile, and its next window would be slower by up to a fifteenth.
             def today() -> float:
                 with self._served("today", footprint) as server:
                     rate = load(Asked(server.grpc_url, ENSEMBLE, ways.TASKS), seconds=self._window("today"))
