@@ -3,7 +3,7 @@
 Heads of one folded layer are wired into a server until there are 1, 2, 4, … 32, and taken away again; a second server
 has one task all the while. Each time the throughput is measured in windows that take turns: all tasks asked, one of
 them asked, and the second server asked. The first two are told relative to the third, so that it does not count when
-the machine slows down. Writes docs/live-growth.json and a plot.
+the machine slows down. Then the heads are merged, and it is measured again. Writes docs/live-growth.json and a plot.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from training.plots import INK, LINE, new_figure, write_figure
 
 STEPS = (1, 2, 4, 8, 16, 32)
 SERIES = ("all_asked", "one_asked")
+MERGED = "_merged"
 BATCH = 8  # texts per request
 CONCURRENCY = 4
 
@@ -88,14 +89,16 @@ def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "
     alone = home / "alone"
     shutil.copytree(repository, alone)
     copy(shop / f"head_{names[0]}", alone)
-    shares: dict[str, dict[int, list[float]]] = {name: {count: [] for count in STEPS} for name in SERIES}
+    series = [name + suffix for suffix in ("", MERGED) for name in SERIES]
+    shares: dict[str, dict[int, list[float]]] = {name: {count: [] for count in STEPS} for name in series}
     with contextlib.ExitStack() as stack:
         (live, server), (live_alone, server_alone) = (
             stack.enter_context(stage(folder, Path(f"logs/live-growth-{folder.name}.log")))
             for folder in (repository, alone)
         )
         Wiring(alone, live_alone, Control(server_alone.grpc_url, server_alone.http_url)).settle()
-        wiring = Wiring(repository, live, Control(server.grpc_url, server.http_url))
+        control = Control(server.grpc_url, server.http_url)
+        wirings = {"": Wiring(repository, live, control), MERGED: Wiring(repository, live, control, merge_after=0)}
         for count in (*STEPS, *reversed(STEPS)):
             with show.waiting(f"{count} tasks"):
                 for name in names[:count]:
@@ -103,26 +106,30 @@ def _measure(home: Path, base: str, tap: int, seconds: float, windows: int) -> "
                         copy(shop / f"head_{name}", repository)
                 for name in names[count:]:
                     shutil.rmtree(repository / f"head_{name}", ignore_errors=True)
-                wiring.settle()
-                asked = [(server.grpc_url, names[:count]), (server.grpc_url, names[:1])]
-                asked.append((server_alone.grpc_url, names[:1]))
-                *rates, reference = asyncio.run(throughputs(asked, seconds, windows))
+            asked = [(server.grpc_url, names[:count]), (server.grpc_url, names[:1]), (server_alone.grpc_url, names[:1])]
             said = []
-            for name, own in zip(SERIES, rates, strict=True):
-                found = [rate / beside for rate, beside in zip(own, reference, strict=True)]
-                shares[name][count] += found
-                said.append(f"{name.replace('_', ' ')} {median(found):.3f}")
-            show.messages.print(f"{count} tasks: {', '.join(said)} of one alone ({median(reference):.0f} texts/s)")
+            for suffix, wiring in wirings.items():
+                with show.waiting(f"{count} tasks{suffix.replace('_', ', ')}"):
+                    wiring.settle()
+                    *rates, reference = asyncio.run(throughputs(asked, seconds, windows))
+                for name, own in zip(SERIES, rates, strict=True):
+                    found = [rate / beside for rate, beside in zip(own, reference, strict=True)]
+                    shares[name + suffix][count] += found
+                    said.append(f"{name + suffix} {median(found):.3f}".replace("_", " "))
+            line = f"{count} tasks: {', '.join(said)} of one alone ({median(reference):.0f} texts/s)"
+            show.messages.print(line, highlight=False, soft_wrap=True)
     return {name: {str(count): summary(own, 3) for count, own in by_count.items()} for name, by_count in shares.items()}
 
 
 def _plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = new_figure(5.2, 3.4, "tasks in the repository", "texts/s, against one task alone")
-    for (name, points), colour in zip(found.items(), (LINE, INK), strict=True):
+    for name, points in found.items():
+        colour = LINE if name.startswith(SERIES[0]) else INK
+        style = "o--" if name.endswith(MERGED) else "o-"
         middle = [own["median"] for own in points.values()]
         reach = [[abs(own["median"] - own["range"][end]) for own in points.values()] for end in (0, 1)]
-        label = name.replace("_", " ")
-        axes.errorbar(list(map(int, points)), middle, reach, fmt="o-", capsize=2, color=colour, label=label)
+        label = name.replace("_", " ").replace(" merged", ", heads merged")
+        axes.errorbar(list(map(int, points)), middle, reach, fmt=style, capsize=2, color=colour, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(STEPS, map(str, STEPS))
     axes.set_ylim(bottom=0)
