@@ -12,7 +12,7 @@ from espalier.contract import Kind, Target
 from espalier.encoder import Base
 from espalier.spec import TableData, TaskSpec
 from export.repository import export
-from training.finetune import new_branch
+from training.finetune import check_layers, new_branch
 
 LABELS = ("never", "seldom", "often", "always")
 
@@ -20,9 +20,13 @@ LABELS = ("never", "seldom", "often", "always")
 def ship(
     base: Base, heads: Mapping[str, tuple[int, int]], to: Path, branches: Path, target: Target = Target.CPU
 ) -> None:
-    """Export an untrained head per name of `heads`, which gives its tap and its seed; all have one layer."""
+    """Export an untrained head per name of `heads`, which gives its tap and its seed; all have one layer.
+
+    Raises SpecError if a tap leaves no layer of the base.
+    """
     folders = []
     for task, (tap, seed) in heads.items():
+        check_layers(base, tap, layers=1)
         torch.manual_seed(seed)
         branch = new_branch(base, Kind.CLASSIFICATION, tap, 1, len(LABELS))
         nn.init.normal_(branch.output.weight, std=0.3)

