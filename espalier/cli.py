@@ -79,7 +79,7 @@ Allowed = Annotated[
 Kept = Annotated[int, typer.Option("--keep", min=2, help="States to keep for a rollback.")]
 MergeAfter = Annotated[
     float | None,
-    typer.Option("--merge", min=0, help="Merge the heads of a tap after so many seconds of rest. [default: never]"),
+    typer.Option("--merge", min=0, help="Merge heads and segments after so many seconds of rest. [default: never]"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a pipe instead of a table.")]
 RepositoryPath = Annotated[Path, typer.Option("--repository", help="The model repository.")]

@@ -103,9 +103,19 @@ def head_config(info: HeadInfo) -> pb.ModelConfig:
     return config
 
 
-def merged_config(name: str, heads: Sequence[HeadInfo]) -> pb.ModelConfig:
-    """Config of several heads of one tap as the one model `name`, an output each, see MergedInfo."""
-    config = _heads_config(name, heads)
+def merged_config(name: str, heads: Sequence[HeadInfo], segment: pb.ModelConfig | None = None) -> pb.ModelConfig:
+    """Config of several heads of one tap as the one model `name`, an output each, see MergedInfo.
+
+    `segment` is the config of the trunk segment below them if that is in the model, too: it runs as the segment did.
+    """
+    if segment is None:
+        config = _heads_config(name, heads)
+    else:
+        config = pb.ModelConfig()
+        config.CopyFrom(segment)
+        config.name = name
+        if _needs_ids(heads) and all(tensor.name != "input_ids" for tensor in config.input):
+            _tensor(config.input.add(), "input_ids", pb.TYPE_INT64, [-1], ragged=True)
     for head in heads:
         _answer(config, head, merged_output(head), merged_labels(head))
     MergedInfo(heads=tuple(heads)).write_to(config)
@@ -150,7 +160,7 @@ def _answer(config: pb.ModelConfig, info: HeadInfo, output: str, labels: str) ->
     if info.kind is Kind.CLASSIFICATION:
         tensor.label_filename = labels
     if info.kind is Kind.TAGGING:
-        _scatter(config, output, "hidden")
+        _scatter(config, output, config.batch_input[0].source_input[0])
 
 
 def ensemble_config(
@@ -180,22 +190,37 @@ def ensemble_config(
 
     ids = {"input_ids": "_input_ids", "token_type_ids": "_token_type_ids", "length": "_length"}
     step(TOKENIZER, {TEXT: TEXT}, {**ids, OFFSETS: OFFSETS})
-    for segment in trunk:
-        inputs = ids if segment.start == 0 else {BELOW: f"_hidden_{segment.start}", "length": "_length"}
-        step(segment.model, inputs, {"hidden": f"_hidden_{segment.stop}"})
     apart = {head.task: head for head in sorted(heads, key=lambda head: head.task)}
     for head in apart.values():
         _tensor(config.output.add(), head.task, pb.TYPE_FP32, head.output_dims)
 
-    def heads_step(model: str, own: Sequence[HeadInfo], outputs: dict[str, str]) -> None:
-        inputs = {"hidden": f"_hidden_{own[0].tap}", "length": "_length"}
-        if _needs_ids(own):
-            inputs["input_ids"] = ids["input_ids"]
-        step(model, inputs, outputs)
+    def heads_inputs(own: Sequence[HeadInfo]) -> dict[str, str]:
+        return {"input_ids": ids["input_ids"]} if _needs_ids(own) else {}
 
-    for model in merged:
-        answered = [apart.pop(task) for task in sorted(model.tasks)]
-        heads_step(model.model, model.heads, {merged_output(head): head.task for head in answered})
+    # By the layer at which a segment ends: the merged model that holds it; by each of all: what it answers.
+    holders = {model.segment.stop: model for model in merged if model.segment}
+    answers = {
+        model.model: {merged_output(head): head.task for head in map(apart.pop, sorted(model.tasks))}
+        for model in merged
+    }  # fmt: skip
+    on_taps = [model for model in merged if not model.segment]
+    read = {segment.start for segment in trunk} | {head.tap for head in apart.values()}
+    read |= {model.heads[0].tap for model in on_taps}
+    for segment in trunk:
+        inputs = ids if segment.start == 0 else {BELOW: f"_hidden_{segment.start}", "length": "_length"}
+        outputs = {"hidden": f"_hidden_{segment.stop}"}
+        holder = holders.get(segment.stop)
+        if holder is None:
+            step(segment.model, inputs, outputs)
+        else:  # Triton refuses a tensor that nothing reads
+            outputs = outputs if segment.stop in read else {}
+            step(holder.model, inputs | heads_inputs(holder.heads), outputs | answers[holder.model])
+
+    def heads_step(model: str, own: Sequence[HeadInfo], outputs: dict[str, str]) -> None:
+        step(model, {"hidden": f"_hidden_{own[0].tap}", "length": "_length"} | heads_inputs(own), outputs)
+
+    for model in on_taps:
+        heads_step(model.model, model.heads, answers[model.model])
     for head in apart.values():
         heads_step(head.model, [head], {head.output: head.task})
     return config

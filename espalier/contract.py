@@ -198,7 +198,8 @@ class HeadInfo(_Info):
 class MergedInfo(_Info):
     """What several heads of one tap say of themselves that were merged into one model.
 
-    Each head has an output `<task>.<its output>`, and its labels in `labels_<task>.txt`.
+    Each head has an output `<task>.<its output>`, and its labels in `labels_<task>.txt`. If the trunk segment below
+    them is in the model, too, this also says what a segment does (TrunkInfo), and has its inputs and output.
     """
 
     heads: tuple[HeadInfo, ...] = Field(min_length=1)
@@ -215,6 +216,7 @@ class Merged:
     """A merged model as a part of an ensemble."""
 
     model: str
+    segment: TrunkInfo | None  # that it holds
     heads: tuple[HeadInfo, ...]  # that it holds
     tasks: frozenset[str]  # that it answers: the others have gone, or have another head since
 
@@ -245,9 +247,9 @@ def head_name(task: str) -> str:
     return f"head_{task}"
 
 
-def merged_name(tap: int) -> str:
-    """Return the model folder's name for the merged heads of a tap."""
-    return f"heads_{tap}"
+def merged_name(tap: int, segment: TrunkInfo | None) -> str:
+    """Return the model folder's name for the merged heads of a tap, with the segment below them or without."""
+    return f"{segment.model}_heads" if segment else f"heads_{tap}"
 
 
 def merged_output(head: HeadInfo) -> str:

@@ -178,7 +178,10 @@ class Deployer:
         models |= {segment.info.model: segment.model for segment in target.chain}
         models |= {head.info.model: head.model for head in target.heads.values()}
         infos = [head.info for head in target.heads.values()]
-        merged = [Merged(group.model, group.infos, group.answers(target.heads)) for group in target.groups]
+        merged = [
+            Merged(group.model, group.segment.info if group.segment else None, group.infos, group.answers(target.heads))
+            for group in target.groups
+        ]
         config = ensemble_config([segment.info for segment in target.chain], infos, generation, models, merged)
         config.name = name
         self._live.write_ensemble(config, generation)

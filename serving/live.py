@@ -4,7 +4,7 @@
         tokenizer-<digest>/    one folder per content; once it is there it never changes
         trunk_0_3-<digest>/
         head_mrpc-<digest>/
-        heads_7-<digest>/      several of them, merged (serving.merging)
+        trunk_0_3_heads-<digest>/   a segment and heads on it, merged (serving.merging)
         multitask/             the ensemble: which of them are served
     LIVE/history/<generation>.json   every state that was served, the newest of them now
     LIVE/status.json           what became of each folder of the repository
@@ -45,6 +45,15 @@ class Wired(BaseModel):
     version: int  # the version folder that it comes from
 
 
+class Merge(BaseModel):
+    """A merged model that is served: what it holds, as the models that these are by themselves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    segment: str | None  # of the trunk
+    heads: dict[str, str]  # by task
+
+
 class State(BaseModel):
     """What is served, by its names in the live store."""
 
@@ -56,8 +65,8 @@ class State(BaseModel):
     tokenizer: str
     trunk: tuple[str, ...]  # from the bottom up
     heads: dict[str, Wired]  # by task, candidates too
-    groups: dict[str, dict[str, str]] = {}
-    """By merged model: the heads that it holds, by task, as the models that they are by themselves."""
+    groups: dict[str, Merge] = {}
+    """By merged model."""
     overruled: dict[str, str] = {}
     """By task: the content that lies in the repository but was rolled back from ("" where there is no folder)."""
     overruled_trunk: tuple[str, ...] = ()
@@ -67,14 +76,16 @@ class State(BaseModel):
     def merged(self) -> list[list[str]]:
         """The tasks that each merged model answers."""
         served = {(task, head.model) for task, head in self.heads.items()}
-        return [sorted(task for task, model in own.items() if (task, model) in served) for own in self.groups.values()]
+        answered = [sorted(task for task, _ in own.heads.items() & served) for own in self.groups.values()]
+        return [tasks for tasks in answered if tasks]
 
     @property
     def models(self) -> set[str]:
         """All models that are loaded for the state, the ensemble aside."""
         merged = {task for tasks in self.merged for task in tasks}
-        apart = (head.model for task, head in self.heads.items() if task not in merged)
-        return {self.tokenizer, *self.trunk, *self.groups, *apart}
+        heads = (head.model for task, head in self.heads.items() if task not in merged)
+        segments = set(self.trunk) - {own.segment for own in self.groups.values()}
+        return {self.tokenizer, *segments, *self.groups, *heads}
 
     @property
     def answers(self) -> tuple[object, ...]:

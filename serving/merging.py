@@ -1,10 +1,11 @@
-"""Which heads are merged into one model, and making it.
+"""What is merged into one model, and making it.
 
-A step of the server costs messages, copies and a process of its own, whatever it computes: the heads of one tap in one
-model cost that once. But a step computes all that it can answer: of merged heads none is left out where one is asked.
+A step of the server costs messages, copies and a process of its own, whatever it computes: a trunk segment and the
+heads on its end in one model cost that once. But a step computes all that it can answer: of merged heads none is left
+out where one is asked, nor where a request only passes them on its way to a deeper tap.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 
 from espalier.configs import head_config
@@ -12,43 +13,46 @@ from espalier.contract import MergedInfo, merged_name
 from espalier.errors import ContractError, one_line
 from espalier.files import digest
 from export import merge
-from serving.live import Live
-from serving.plan import Group, Head, Served
+from serving.check import BACKEND
+from serving.live import Live, Merge
+from serving.plan import Group, Head, Segment, Served
 
 
 def groups(served: Served, live: Live) -> dict[int, list[Group]]:
-    """Return by tap the groups into which the heads of `served` can be merged, each as large as a model may be.
+    """Return by tap the groups into which `served` can be merged, each as large as a model may be.
 
-    Candidates, which are asked only by name, stay alone; so do heads with settings of their own, or another backend.
+    Candidates, which are asked only by name, stay alone; so does what has another backend, and heads with settings of
+    their own.
     """
 
     def fits(head: Head) -> bool:
         return not head.info.candidate and head.config == head_config(head.info)
 
+    ends = {segment.info.stop: segment for segment in served.chain if live.config(segment.model).backend == BACKEND}
     heads = sorted(filter(fits, served.heads.values()), key=lambda head: (head.info.tap, head.info.task))
     found: dict[int, list[Group]] = {}
     for tap, own in groupby(heads, key=lambda head: head.info.tap):
-        for part in _parts(own, live):
-            if len(part) > 1:
+        for segment, part in _parts(ends.get(tap), own, live):
+            if len(part) + (segment is not None) > 1:
                 models = {head.info.task: head.model for head in part}
-                name = f"{merged_name(tap)}-{digest(*models.values())[:12]}"
-                group = Group(name, tap, tuple(head.info for head in part), models)
-                found.setdefault(tap, []).append(group)
+                held = [segment.model] if segment else []
+                name = f"{merged_name(tap, segment.info if segment else None)}-{digest(*held, *models.values())[:12]}"
+                found.setdefault(tap, []).append(Group(name, tap, segment, tuple(head.info for head in part), models))
     return found
 
 
-def _parts(heads: Iterator[Head], live: Live) -> Iterator[list[Head]]:
-    """Cut the heads of a tap into lists that are not larger than an ONNX file may be."""
+def _parts(segment: Segment | None, heads: Iterator[Head], live: Live) -> Iterator[tuple[Segment | None, list[Head]]]:
+    """Cut a segment and the heads on its end into lists that are not larger than an ONNX file may be."""
     part: list[Head] = []
-    total = 0
+    total = merge.size(live.models / segment.model) if segment else 0
     for head in heads:
         size = merge.size(live.models / head.model)
-        if part and total + size > merge.LARGEST:
-            yield part
-            part, total = [], 0
+        if (part or segment) and total + size > merge.LARGEST:
+            yield segment, part
+            segment, part, total = None, [], 0
         part.append(head)
         total += size
-    yield part
+    yield segment, part
 
 
 def make(group: Group, live: Live) -> None:
@@ -56,17 +60,18 @@ def make(group: Group, live: Live) -> None:
     if live.has(group.model):
         return
     heads = [(info, live.models / group.models[info.task]) for info in group.infos]
+    segment = live.models / group.segment.model if group.segment else None
     try:
-        live.adopt(group.model, lambda to: merge.merge(group.model, heads, to))
+        live.adopt(group.model, lambda to: merge.merge(group.model, heads, to, segment))
     except (ContractError, OSError):
         raise
-    except Exception as error:  # whatever the heads' files may hold, and however large they are
+    except Exception as error:  # whatever the files may hold, and however large they are
         raise ContractError(f"{group.model} cannot be made: {one_line(str(error) or type(error).__name__)}") from error
 
 
-def read(model: str, models: dict[str, str], live: Live) -> Group | None:
-    """Return the group of a merged model that holds the heads `models`, by task; None if it is not there any more."""
+def read(model: str, held: Merge, chain: Mapping[str, Segment], live: Live) -> Group | None:
+    """Return the group of a merged model that holds `held`, on a `chain` by model; None if it is not there any more."""
     if not live.has(model):
         return None
     infos = MergedInfo.read(live.config(model)).heads
-    return Group(model, infos[0].tap, infos, models)
+    return Group(model, infos[0].tap, chain[held.segment] if held.segment else None, infos, held.heads)

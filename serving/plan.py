@@ -52,10 +52,11 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Group:
-    """Heads of one tap that were merged into one model."""
+    """Heads of one tap that were merged into one model, and the segment below them if it has been merged as well."""
 
     model: str
     tap: int
+    segment: Segment | None
     infos: tuple[HeadInfo, ...]
     models: Mapping[str, str]  # that each head is by itself, by task
 
@@ -80,10 +81,12 @@ class Served:
 
     @property
     def models(self) -> set[str]:
-        """All models that it needs, the ensemble aside: heads that a group answers are none."""
+        """All models that it needs, the ensemble aside: what is in a group is none."""
         grouped = self.grouped
-        apart = (head.model for task, head in self.heads.items() if task not in grouped)
-        return {self.tokenizer, *(s.model for s in self.chain), *(group.model for group in self.groups), *apart}
+        heads = (head.model for task, head in self.heads.items() if task not in grouped)
+        held = {group.segment for group in self.groups}
+        segments = (segment.model for segment in self.chain if segment not in held)
+        return {self.tokenizer, *segments, *(group.model for group in self.groups), *heads}
 
     @property
     def parts(self) -> tuple[object, ...]:
@@ -100,8 +103,15 @@ class Served:
         return Served(self.tokenizer, chain, heads).with_groups(self.groups)
 
     def with_groups(self, groups: Iterable[Group]) -> "Served":
-        """Return this with those of `groups` that answer one of its tasks."""
-        return replace(self, groups=tuple(group for group in groups if group.answers(self.heads)))
+        """Return this with those of `groups` that hold a segment of it or, if they hold none, answer a task of it.
+
+        So whatever becomes of heads, the segment below them is there, and needs not be loaded by itself.
+        """
+
+        def used(group: Group) -> bool:
+            return group.segment in self.chain if group.segment else bool(group.answers(self.heads))
+
+        return replace(self, groups=tuple(filter(used, groups)))
 
     @property
     def trunk(self) -> Trunk:

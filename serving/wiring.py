@@ -21,7 +21,7 @@ from serving import merging
 from serving.control import Control
 from serving.deploy import Deployer, Rejected
 from serving.inbox import Folder, Inbox
-from serving.live import HISTORY, Live, State, Wired
+from serving.live import HISTORY, Live, Merge, State, Wired
 from serving.plan import TRUNK, Group, Head, Segment, Served, Trunk, choose
 from serving.reader import Reader
 
@@ -189,7 +189,8 @@ class _Pass:
         for task, wired in state.heads.items():
             config = adopted(self.live.config(wired.model), head_name(task))
             heads[task] = Head(wired.model, HeadInfo.read(config), config, wired.digest, wired.version)
-        groups = (merging.read(model, models, self.live) for model, models in state.groups.items())
+        segments = {segment.model: segment for segment in chain}
+        groups = (merging.read(model, held, segments, self.live) for model, held in state.groups.items())
         return Served(state.tokenizer, chain, heads).with_groups(group for group in groups if group is not None)
 
     def _known_folders(self) -> set[str]:
@@ -301,7 +302,10 @@ class _Pass:
                 task: Wired(model=head.model, digest=head.digest, version=head.version)
                 for task, head in sorted(target.heads.items())
             },
-            groups={group.model: dict(group.models) for group in target.groups},
+            groups={
+                group.model: Merge(segment=group.segment and group.segment.model, heads=dict(group.models))
+                for group in target.groups
+            },
             overruled=overruled,
             overruled_trunk=trunk,
         )
@@ -317,7 +321,7 @@ class _Pass:
         return Change(reached, seconds)
 
     def _regroup(self, overruled: dict[str, str], trunk: tuple[str, ...], refused: Mapping[str, str]) -> Change | None:
-        """Merge the heads of a tap, if what is served has been at rest for long enough; or part all, if none shall be.
+        """Merge heads and the segment below, if what is served has been at rest for long enough; or part all.
 
         One tap in a pass, so that what is wrong with one keeps no other apart.
         """

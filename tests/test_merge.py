@@ -1,7 +1,8 @@
-"""Merged heads: the same answers to the last bit, from one model; on a real Triton behind the usual clients."""
+"""Heads and the segment below, merged: the same answers to the last bit; on a real Triton behind the usual clients."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,8 +12,18 @@ from conftest import DEEP, SHALLOW, TASKS
 from benchmarks.cost.ways import merged
 from clients import Client
 from espalier.configs import head_infos, merged_config, read_config
-from espalier.contract import CONFIG_FILE, ENSEMBLE, MODEL_FILE, HeadInfo, merged_output
+from espalier.contract import (
+    BELOW,
+    CONFIG_FILE,
+    ENSEMBLE,
+    MODEL_FILE,
+    HeadInfo,
+    Structure,
+    TrunkInfo,
+    merged_output,
+)
 from espalier.errors import ContractError
+from espalier.repository import Repository
 from export import merge as merging
 from export.merge import merge
 from export.session import session
@@ -31,7 +42,7 @@ def heads(repository: Path) -> list[tuple[HeadInfo, Path]]:
 
 @pytest.fixture(scope="module")
 def whole(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository with the heads of each tap merged."""
+    """The repository with the heads of each tap merged into the segment below."""
     path = tmp_path_factory.mktemp("merged") / "model_repository"
     merged(repository, path)
     return path
@@ -75,6 +86,57 @@ def test_a_merged_folder_describes_itself(heads: list[tuple[HeadInfo, Path]], tm
     assert ((again / "1" / MODEL_FILE).read_bytes(), (again / CONFIG_FILE).read_bytes()) == first
 
 
+def test_a_segment_with_its_heads_answers_like_they_do_one_after_the_other(repository: Path, tmp_path: Path) -> None:
+    """Both segments, the upper one with a head that takes the ids as well, on which the lower one ends."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([[7], [1], [30], [12]], np.int32)
+    ids = rng.integers(5, 30000, int(lengths.sum()))
+    feed: dict[str, np.ndarray[Any, Any]] = {
+        "input_ids": ids, "token_type_ids": np.zeros_like(ids), "length": lengths, "shape": lengths,
+    }  # fmt: skip
+    for segment in Repository(repository).trunk():
+        own = [head for head in Repository(repository).heads() if head.tap == segment.stop]
+        if segment.start > 0:  # a tagging head on an upper segment, too
+            own += [head for head in Repository(repository).heads() if head.structure is Structure.CRF]
+        to = tmp_path / segment.model
+        to.mkdir()
+        merge("whole", [(head, repository / head.model) for head in own], to, repository / segment.model)
+        config = read_config(to)
+        check_onnx(to / "1" / MODEL_FILE, config)
+        assert TrunkInfo.read(config) == segment
+        assert config.instance_group == read_config(repository / segment.model).instance_group
+        whole = session(to / "1" / MODEL_FILE, 1)
+        names = [output.name for output in config.output]
+        assert set(names) == {"hidden", *(merged_output(head) for head in own)}
+        given = feed | {"input_ids": ids}
+        answers = dict(
+            zip(
+                names, whole.run(names, {tensor.name: given[tensor.name] for tensor in whole.get_inputs()}), strict=True
+            )
+        )
+        hidden = session(repository / segment.model / "1" / MODEL_FILE, 1).run(["hidden"], feed)[0]
+        np.testing.assert_array_equal(answers["hidden"], hidden)
+        shape = np.hstack([lengths, np.full_like(lengths, hidden.shape[1])])
+        below = {"hidden": hidden.reshape(-1), "length": lengths, "shape": shape, "input_ids": ids}
+        for head in own:
+            alone = session(repository / head.model / "1" / MODEL_FILE, 1)
+            expected = alone.run([head.output], {tensor.name: below[tensor.name] for tensor in alone.get_inputs()})[0]
+            assert expected.size > 0
+            np.testing.assert_array_equal(answers[merged_output(head)], expected)
+        feed = {BELOW: hidden.reshape(-1), "length": lengths, "shape": shape}
+
+
+def test_a_task_may_be_called_like_a_tensor_of_the_trunk(
+    heads: list[tuple[HeadInfo, Path]], repository: Path, tmp_path: Path
+) -> None:
+    head, folder = heads[0]
+    layers = head.model_copy(update={"task": "layers"})
+    merge("whole", [(layers, folder)], tmp_path, repository / "trunk_0_3")
+    weights = [weight.name for weight in onnx.load(tmp_path / "1" / MODEL_FILE).graph.initializer]
+    assert len(weights) == len(set(weights))
+    assert not [name for name in weights if not name.startswith(("layers.", "_trunk."))]
+
+
 def test_heads_that_cannot_be_one_model_are_refused(
     heads: list[tuple[HeadInfo, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,15 +150,16 @@ def test_heads_that_cannot_be_one_model_are_refused(
     with pytest.raises(ContractError, match=r"head_foreign has other operators than .*head_intent; export both again"):
         merge("heads_3", [heads[0], (heads[1][0], foreign)], to)
     monkeypatch.setattr(merging, "LARGEST", 1000)
-    with pytest.raises(ContractError, match="heads_3: 4 heads are more than one ONNX file can hold; merge fewer"):
+    with pytest.raises(ContractError, match="heads_3: 4 models are more than one ONNX file can hold; merge fewer"):
         merge("heads_3", heads, to)
     assert not list(to.iterdir())
 
 
-def test_a_repository_with_merged_heads_has_a_model_per_tap(whole: Path) -> None:
+def test_a_merged_repository_has_a_model_per_tap(whole: Path) -> None:
     names = {path.name for path in whole.iterdir() if path.is_dir()}
-    assert names == {"tokenizer", "trunk_0_3", "trunk_3_5", "heads_3", "head_urgency", ENSEMBLE}
-    assert TASKS["urgency"][0] == DEEP
+    assert names == {"tokenizer", f"trunk_0_{SHALLOW}_heads", f"trunk_{SHALLOW}_{DEEP}_heads", ENSEMBLE}
+    steps = {step.model_name: step for step in read_config(whole / ENSEMBLE).ensemble_scheduling.step}
+    assert {name for name, step in steps.items() if "hidden" in step.output_map} == {f"trunk_0_{SHALLOW}_heads"}
 
 
 @pytest.fixture(scope="module")

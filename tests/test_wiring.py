@@ -535,7 +535,7 @@ def test_a_model_that_ends_the_server_is_tried_twice(stage: Stage, monkeypatch: 
     assert stage.tasks() == ["intent", "urgency"]
 
 
-def no_memory_for(models: str) -> Callable[[Control, str], None]:
+def no_memory_for(*models: str) -> Callable[[Control, str], None]:
     """Return a `Control.load` that fails for models whose names begin so."""
     original = Control.load
 
@@ -642,6 +642,8 @@ def test_an_http_endpoint_that_is_elsewhere_is_told_so_and_no_head_is_blamed(sta
 
 # --- merged heads -----------------------------------------------------------------------------------------------------
 
+MERGED = ("trunk_0_1_heads", "trunk_1_2_heads")
+
 
 def fill(stage: Stage) -> None:
     """Serve two tasks on each of two taps, one on them a CRF, and a candidate."""
@@ -672,7 +674,8 @@ def test_heads_at_rest_are_merged_and_answer_as_before(stage: Stage) -> None:
     stage.settle(soon)
     state = newest(stage)
     assert state.merged == [["intent", "slots_crf"], ["slots", "urgency"]]
-    assert {model.partition("-")[0] for model in state.groups} == {"heads_1", "heads_2"}
+    assert {model.partition("-")[0] for model in state.groups} == set(MERGED)
+    assert len(state.models) == len({"tokenizer", *MERGED, "head_intent__b"}), "no segment runs by itself"
     assert alone(state) == {"intent__b"}, "a candidate is asked only by name"
     assert (state.changes, state.time, state.answers) == (apart.changes, apart.time, apart.answers)
     assert apart.generation not in [kept.generation for kept in stage.live.history()]
@@ -712,9 +715,47 @@ def test_a_merged_head_is_updated_removed_and_refused_like_any_other(stage: Stag
     assert stage.tasks() == ["intent", "intent__b", "slots", "urgency"]
     stage.settle(stage.another(merge_after=0))
     state = newest(stage)
-    assert state.merged == [["slots", "urgency"]]
-    assert alone(state) == {"intent", "intent__b"}
+    assert state.merged == [["intent"], ["slots", "urgency"]]
+    assert alone(state) == {"intent__b"}
     assert stage.ask() == [{task: row[task] for task in ("intent", "slots", "urgency")} for row in after]
+
+
+def test_a_merged_segment_goes_on_whatever_becomes_of_its_heads(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No change waits for the segment to be loaded by itself; at the next rest nothing is left of what has gone."""
+    stage.settle(stage.another(merge_after=0))
+    first = newest(stage)
+    assert first.merged == [["intent"], ["urgency"]]
+    wiring = stage.another(merge_after=3600)
+    monkeypatch.setattr(Control, "load", no_memory_for("trunk_"))
+    stage.drop("second", "head_intent", "head_urgency")
+    stage.settle(wiring)
+    state = newest(stage)
+    assert (state.groups, state.merged, alone(state)) == (first.groups, [], {"intent", "urgency"})
+    assert stage.tasks() == ["intent", "urgency"]
+    answers = stage.ask()
+    original = Control.try_ensemble
+
+    def fail(control: Control, name: str, heads: dict[str, HeadInfo], like: str | None) -> None:
+        if "slots" in heads:
+            raise Refused("it answers with numbers that are not finite")
+        original(control, name, heads, like)
+
+    with monkeypatch.context() as patch:  # a new head is tried alone, on a segment that holds others
+        patch.setattr(Control, "try_ensemble", fail)
+        stage.drop("more", "head_slots", "head_same_request")
+        stage.settle(wiring)
+    assert stage.tasks() == ["intent", "same_request", "urgency"]
+    assert stage.state("head_slots")[1].startswith("the ensemble with it fails: it answers")
+    stage.remove("head_intent", "head_same_request", "head_slots")
+    stage.settle(wiring)
+    assert newest(stage).groups == first.groups
+    assert stage.ask() == [{"urgency": row["urgency"]} for row in answers]
+    monkeypatch.undo()
+    stage.settle(stage.another(merge_after=0))
+    state = newest(stage)
+    assert state.merged == [["urgency"]]
+    assert {model.partition("-")[0] for model in state.models} == {"tokenizer", "trunk_0_1", "trunk_1_2_heads"}
+    assert stage.ask() == [{"urgency": row["urgency"]} for row in answers]
 
 
 def test_rollback_goes_by_what_is_answered_not_by_what_is_merged(stage: Stage) -> None:
@@ -735,9 +776,10 @@ def test_rollback_goes_by_what_is_answered_not_by_what_is_merged(stage: Stage) -
     stage.drop("third", "head_urgency")
     stage.remove("head_slots")
     stage.settle(wiring)
-    assert newest(stage).merged == [["intent", "slots_crf"]], "one head on its tap is not merged"
+    stage.settle(stage.another(merge_after=0))
+    assert newest(stage).merged == [["intent", "slots_crf"], ["urgency"]]
     wiring.rollback()
-    assert alone(newest(stage)) == {"intent__b", "slots", "urgency"}, "that model has gone"
+    assert alone(newest(stage)) == {"intent__b", "slots", "urgency"}, "the model of these two has gone"
     assert stage.ask() == before
     stage.drop("more", "head_slots")  # its owner changed it: what was rolled back from is forgotten
     stage.settle()
@@ -761,7 +803,7 @@ def test_merged_heads_come_back_and_apart_if_their_model_does_not(
     assert stage.ask() == before
     lose()
     with monkeypatch.context() as patch:
-        patch.setattr(Control, "load", no_memory_for("heads_1"))
+        patch.setattr(Control, "load", no_memory_for(MERGED[0]))
         for _ in range(2):
             stage.settle(wiring)
             assert stage.ask() == before
@@ -770,7 +812,7 @@ def test_merged_heads_come_back_and_apart_if_their_model_does_not(
     assert newest(stage).models == models
     assert stage.ask() == before
     lose()
-    for folder in stage.live.models.glob("heads_*"):
+    for folder in stage.live.models.glob("*_heads-*"):
         shutil.rmtree(folder)
     stage.settle(wiring)
     assert newest(stage).models == models, "a merged model that is lost is made again"
@@ -784,9 +826,9 @@ def test_a_merged_model_that_answers_otherwise_is_not_served(
     before, state = stage.ask(), newest(stage)
     original = merge.merge
 
-    def swap(name: str, heads: list[tuple[HeadInfo, Path]], to: Path) -> None:
+    def swap(name: str, heads: list[tuple[HeadInfo, Path]], to: Path, segment: Path) -> None:
         other = stage.shop / "second" / "head_intent"
-        original(name, [(head, other if head.task == "intent" else folder) for head, folder in heads], to)
+        original(name, [(head, other if head.task == "intent" else folder) for head, folder in heads], to, segment)
 
     wiring = stage.another(merge_after=0)
     with monkeypatch.context() as patch:
@@ -810,7 +852,7 @@ def test_heads_that_cannot_be_merged_or_parted_stay_as_they_are(
     def broken(*arguments: object) -> None:
         raise ValueError("a graph of another kind")
 
-    for owner, name, broken_one in ((merge, "merge", broken), (Control, "load", no_memory_for("heads_"))):
+    for owner, name, broken_one in ((merge, "merge", broken), (Control, "load", no_memory_for(*MERGED))):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken_one)
             assert stage.settle(stage.another(merge_after=0)).change is None
@@ -820,10 +862,12 @@ def test_heads_that_cannot_be_merged_or_parted_stay_as_they_are(
     merged = newest(stage)
     assert len(merged.merged) == 2
     wiring = stage.another()
-    with monkeypatch.context() as patch:
-        patch.setattr(Control, "load", no_memory_for("head_"))
-        assert stage.settle(wiring).change is None
-    assert newest(stage) == merged, "nothing more is loaded than before"
+    for models in ("head_", "trunk_0_1-"):
+        wiring.regroup_from = 0.0
+        with monkeypatch.context() as patch:
+            patch.setattr(Control, "load", no_memory_for(models))
+            assert stage.settle(wiring).change is None
+        assert newest(stage) == merged, "nothing more is loaded than before"
     assert {entry.state for entry in stage.live.status().folders.values()} == {"serving"}  # type: ignore[union-attr]
     assert stage.ask() == before
 
@@ -833,10 +877,17 @@ def test_a_model_of_merged_heads_is_no_larger_than_it_may_be(stage: Stage, monke
     stage.drop("more", "head_same_request")
     stage.settle()
     before = stage.ask()
-    sizes = [merge.size(stage.repository / f"head_{task}") for task in ("intent", "same_request")]
+    held = ("trunk_0_1", "head_intent", "head_same_request")
+    sizes = [merge.size(stage.repository / name) for name in held]
     monkeypatch.setattr(merge, "LARGEST", sum(sizes))
     stage.settle(stage.another(merge_after=0))
     assert ["intent", "same_request"] in newest(stage).merged, "slots_crf is one too many"
+    assert stage.ask() == before
+    monkeypatch.setattr(merge, "LARGEST", sum(sizes[1:]))
+    stage.settle(stage.another(merge_after=0))
+    state = newest(stage)
+    assert ["intent", "same_request"] in state.merged, "without the segment, which leaves no room"
+    assert "heads_1" in {model.partition("-")[0] for model in state.groups}
     assert stage.ask() == before
 
 
@@ -844,7 +895,7 @@ def test_a_head_with_settings_of_its_own_stays_alone(stage: Stage) -> None:
     fill(stage)
     change_config(lambda config: setattr(config.instance_group[0], "count", 2))(stage.repository / "head_slots_crf")
     stage.settle(stage.another(merge_after=0))
-    assert alone(newest(stage)) == {"intent", "intent__b", "slots_crf"}
+    assert alone(newest(stage)) == {"intent__b", "slots_crf"}
 
 
 def test_a_merge_that_was_killed_is_made_up_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,16 +34,17 @@ class Models:
             return session(repository / name / "1" / MODEL_FILE, threads)
 
         steps = [step.model_name for step in read_config(repository / ENSEMBLE).ensemble_scheduling.step]
-        self._heads = []
-        for name in steps:
-            if name.startswith("head"):
-                own = [head for head in head_infos(read_config(repository / name)).values() if head.task in tasks]
-                if own:
-                    self._heads.append((own[0].tap, load(name)))
-        deepest = max(tap for tap, _ in self._heads)
-        trunk = (TrunkInfo.read(read_config(repository / name)) for name in steps if name.startswith("trunk_"))
-        upwards = sorted((info for info in trunk if info.stop <= deepest), key=lambda info: info.stop)
-        self._trunk = {info.stop: load(info.model) for info in upwards}
+        configs = {name: read_config(repository / name) for name in steps}
+        ends = {name: TrunkInfo.read(config).stop for name, config in configs.items() if name.startswith("trunk_")}
+        taps = dict[str, int]()  # of the models that answer one of the tasks; a segment may hold heads, too
+        for name, config in configs.items():
+            held = head_infos(config) if {"task", "heads"} & set(config.parameters) else {}
+            own = {head.tap for head in held.values() if head.task in tasks}
+            if own:
+                taps[name] = own.pop()
+        self._heads = [(tap, load(name)) for name, tap in taps.items() if name not in ends]
+        deepest = max(taps.values())
+        self._trunk = {end: load(name) for name, end in sorted(ends.items(), key=lambda own: own[1]) if end <= deepest}
 
     def run(self, ids: Sequence[Sequence[int]]) -> None:
         """Answer a batch of texts, given as token ids."""

@@ -70,7 +70,7 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
         repositories[way] = folder / way
         _keep(repositories[way], code, make)
     for way, apart in (("ours", folder / "apart"), ("ours_int8", folder / "apart_int8")):
-        report(f"{way}: merging heads")
+        report(f"{way}: merging")
         repositories[way] = folder / way
         _keep(repositories[way], digest(code, _models(apart)), partial(ways.merged, apart))
     return Built(name, base.tokenizer, [branches / task for task in ways.TASKS], repositories, level)

@@ -82,8 +82,8 @@ def _what(found: Mapping[str, Any]) -> list[str]:
     weights = "random weights: cost does not depend on them" if found["size"] == "BERT-base" else "the packaged model"
     return [
         f"* **Ours**: {found['size']} sizes ({weights}), a trunk of {found['trunk_layers']} layers, eight heads of one "
-        f"folded layer, one of them on a tap after {found['shallow_layers']} layers; text in, eight outputs. The other "
-        "seven are merged into one model, as a server of tasks at rest has them (`espalier serve --merge`). Trunk: "
+        f"folded layer, one of them on a tap after {found['shallow_layers']} layers; text in, eight outputs. Each "
+        "segment is one model with its heads, as a server of tasks at rest has them (`espalier serve --merge`). Trunk: "
         f"{scheduling['ours']}; 8-bit: {scheduling['ours_int8']}.",
         "* **Today's way**: eight full models exported and optimised by optimum (level "
         f"{found['baseline_level']}, the fastest of O1 to O3 here), behind the same tokenizer in one ensemble on the "
@@ -110,7 +110,7 @@ RATIOS = {
     "shallow_over_all": "time per text: shallow task alone ÷ all tasks",
     "int8_over_fp32": "8-bit ÷ FP32",
     "p99_half_load_over_unloaded": "P99 at half of the highest rate ÷ P99 unloaded",
-    "merged_over_apart": "heads merged ÷ a model per head, all 8 tasks asked",
+    "merged_over_apart": "heads merged into segments ÷ a model per head, all 8 tasks asked",
     "merged_over_apart_one_task": "the same, one deep task asked",
     "ragged_over_padded": "ragged ÷ padded",
     "paper_cost_reduction": "cost reduction of the paper's way against today's",

@@ -24,7 +24,6 @@ from espalier.contract import (
     MODEL_FILE,
     TEXT,
     TOKENIZER_FILE,
-    HeadInfo,
     Merged,
     Target,
     merged_name,
@@ -61,20 +60,19 @@ def ours(base: Base, size: Size, target: Target, branches: Path, to: Path) -> No
 
 
 def merged(repository: Path, to: Path) -> None:
-    """Write a repository of ours with the heads of a tap merged, where there are several; all else are links."""
+    """Write a repository of ours with the heads of each tap merged into the segment below; all else are links."""
     there = Repository(repository)
-    heads = there.heads()
-    by_tap: dict[int, list[HeadInfo]] = {}
-    for head in heads:
-        by_tap.setdefault(head.tap, []).append(head)
-    together = {merged_name(tap): own for tap, own in by_tap.items() if len(own) > 1}
-    gone = {head.model for own in together.values() for head in own}
+    heads, trunk = there.heads(), there.trunk()
+    gone = {head.model for head in heads} | {segment.model for segment in trunk}
     shutil.copytree(repository, to, copy_function=os.link, ignore=lambda _, names: gone.intersection(names))
-    for name, own in together.items():
+    models = []
+    for segment in trunk:
+        own = tuple(head for head in heads if head.tap == segment.stop)
+        name = merged_name(segment.stop, segment)
         (to / name).mkdir()
-        merge(name, [(head, repository / head.model) for head in own], to / name)
-    models = [Merged(name, tuple(own), frozenset(head.task for head in own)) for name, own in together.items()]
-    write_config(to / ENSEMBLE, ensemble_config(there.trunk(), heads, there.generation(), merged=models))
+        merge(name, [(head, repository / head.model) for head in own], to / name, repository / segment.model)
+        models.append(Merged(name, segment, own, frozenset(head.task for head in own)))
+    write_config(to / ENSEMBLE, ensemble_config(trunk, heads, there.generation(), merged=models))
 
 
 def ragged_alone(base: Base, size: Size, branches: Path, to: Path) -> None:
