@@ -148,13 +148,14 @@ RATES = {
     "ours": [40.0, 80.0], "today": [4.0, 4.0], "ours_fixed": [20.0, 40.0], "ours_one_task": [50.0, 100.0],
     "ours_shallow": [80.0, 160.0], "ours_int8": [80.0, 240.0], "ours_padded": [20.0, 80.0], "bound": [50.0, 100.0],
     "paper": [20.0, 20.0], "python": [10.0, 16.0], "apart": [32.0, 64.0], "apart_one_task": [62.5, 125.0],
+    "two": [64.0, 128.0],
 }  # fmt: skip
 
 
 def test_ratios_are_of_one_round() -> None:
     ratios = _ratios(RATES, {"mixed": 16.0, "fixed": 32.0}, [2.5, 3.5])
     assert ratios["cost_reduction"] == {"median": 0.925, "range": [0.9, 0.95]}
-    assert ratios["marginal_task"]["median"] == pytest.approx(0.36 / 7, abs=1e-4)
+    assert ratios["marginal_task"]["median"] == pytest.approx(0.375 / 6, abs=1e-4)
     assert ratios["merged_over_apart"]["median"] == 1.25
     assert ratios["merged_over_apart_one_task"]["median"] == 0.8
     assert ratios["ensemble_over_bound"]["median"] == 0.8

@@ -42,9 +42,9 @@ def heads(repository: Path) -> list[tuple[HeadInfo, Path]]:
 
 @pytest.fixture(scope="module")
 def whole(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository with the heads of each tap merged into the segment below."""
+    """The repository with all heads merged into the segments below."""
     path = tmp_path_factory.mktemp("merged") / "model_repository"
-    merged(repository, path)
+    merged(repository, tuple(TASKS), path)
     return path
 
 

@@ -69,10 +69,13 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
         report(way)
         repositories[way] = folder / way
         _keep(repositories[way], code, make)
-    for way, apart in (("ours", folder / "apart"), ("ours_int8", folder / "apart_int8")):
+    together = {
+        "ours": ("apart", ways.TASKS), "two": ("apart", ways.TWO), "ours_int8": ("apart_int8", ways.TASKS),
+    }  # fmt: skip
+    for way, (apart, tasks) in together.items():
         report(f"{way}: merging")
         repositories[way] = folder / way
-        _keep(repositories[way], digest(code, _models(apart)), partial(ways.merged, apart))
+        _keep(repositories[way], digest(code, _models(folder / apart)), partial(ways.merged, folder / apart, tasks))
     return Built(name, base.tokenizer, [branches / task for task in ways.TASKS], repositories, level)
 
 

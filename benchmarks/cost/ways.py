@@ -39,6 +39,8 @@ from serving.tune import Tunable
 
 TASKS = tuple(f"task{number}" for number in range(8))
 SHALLOW = TASKS[0]
+TWO = TASKS[:2]
+"""One on each tap: beside all eight they tell what one more costs, on the same segments."""
 BUCKETS = (16, 32, 64, 128)
 """Lengths to which is padded, in tokens; longer texts are cut."""
 PADDED = "padded_tokenizer"
@@ -59,11 +61,11 @@ def ours(base: Base, size: Size, target: Target, branches: Path, to: Path) -> No
     ship(base, {task: (tap, seed) for seed, (task, tap) in enumerate(taps.items())}, to, branches, target)
 
 
-def merged(repository: Path, to: Path) -> None:
-    """Write a repository of ours with the heads of each tap merged into the segment below; all else are links."""
+def merged(repository: Path, tasks: Sequence[str], to: Path) -> None:
+    """Write a repository with those heads of ours, some on each tap, merged into the segments; all else are links."""
     there = Repository(repository)
-    heads, trunk = there.heads(), there.trunk()
-    gone = {head.model for head in heads} | {segment.model for segment in trunk}
+    trunk, heads = there.trunk(), [head for head in there.heads() if head.task in tasks]
+    gone = {head.model for head in there.heads()} | {segment.model for segment in trunk}
     shutil.copytree(repository, to, copy_function=os.link, ignore=lambda _, names: gone.intersection(names))
     models = []
     for segment in trunk:
