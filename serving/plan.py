@@ -89,6 +89,11 @@ class Served:
         return {self.tokenizer, *segments, *(group.model for group in self.groups), *heads}
 
     @property
+    def apart(self) -> set[str]:
+        """The models that it would need if nothing was merged."""
+        return self.trunk.models | {head.model for head in self.heads.values()}
+
+    @property
     def parts(self) -> tuple[object, ...]:
         """All that Triton sees of it: equal parts are served alike."""
         chain = tuple(segment.model for segment in self.chain)

@@ -136,7 +136,7 @@ class _Pass:
     def run(self) -> Pass:
         self.folders = self.wiring.inbox.look(self._known_folders())
         restless = self.wiring.reader.read(self.folders)
-        change = None
+        change, rejected = None, False
         while True:
             target, refused = self._choose()
             overruled, trunk = self._still_overruled()
@@ -148,9 +148,12 @@ class _Pass:
             try:
                 change = self._change(target, overruled, trunk, refused)
             except Rejected as error:
-                self._reject(error)
+                self._reject(self._blamed(error, target))
+                rejected = True
                 continue
             break
+        if rejected and change is None and self.state is not None:  # what was loaded with what is refused
+            self._tidy(self.state, at_once=True)
         if change is None and not restless:
             change = self._regroup(overruled, trunk, refused)
         status = self._tell(refused, loading=set())
@@ -247,6 +250,20 @@ class _Pass:
     def _reject(self, error: Rejected) -> None:
         until = float("inf") if error.lasting else self.now + RETRY
         self.wiring.rejected |= {model: (why, until) for model, why in error.reasons.items()}
+
+    def _blamed(self, error: Rejected, target: Served) -> Rejected:
+        """Leave out what is served: if that fails, apart from what it was merged with, the new trunk is to blame.
+
+        Raises WiringError if there is none: the same would be tried again.
+        """
+        served = self.served
+        if served is None:
+            return error
+        reasons = {model: why for model, why in error.reasons.items() if model not in served.apart}
+        reasons = reasons or dict.fromkeys(target.trunk.models - served.trunk.models, str(error))
+        if not reasons:
+            raise WiringError(f"what is served cannot be loaded again: {error}") from error
+        return Rejected(reasons, error.lasting)
 
     def _rejection(self, model: str) -> str:
         why, until = self.wiring.rejected.get(model, ("", 0.0))
@@ -378,7 +395,7 @@ class _Pass:
             self.live.record(self.state)
 
     def _try_out(self, target: Served, new: list[str]) -> None:
-        fresh = target.models - (self.served.models if self.served else set())
+        fresh = target.models - (self.served.models | self.served.apart if self.served else set())
         try:
             self.deployer.try_out(target, new, self.served)
         except UnavailableError as error:

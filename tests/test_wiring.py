@@ -872,6 +872,27 @@ def test_heads_that_cannot_be_merged_or_parted_stay_as_they_are(
     assert stage.ask() == before
 
 
+def test_heads_that_part_in_vain_leave_the_trunk_as_it_is(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment that changes parts what it is merged with; if that cannot be loaded, nothing is changed or refused."""
+    fill(stage)
+    stage.settle(stage.another(merge_after=0))
+    before, merged = stage.ask(), newest(stage)
+    wiring = stage.another(merge_after=3600)
+    change_config(lambda config: setattr(config.instance_group[0], "count", 1))(stage.repository / "trunk_0_1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Control, "load", no_memory_for("head_slots_crf"))
+        assert stage.settle(wiring).change is None
+    assert newest(stage) == merged, "nothing more is loaded than before"
+    assert stage.state("trunk_*")[0] == "refused"
+    assert "out of memory" in stage.state("trunk_*")[1]
+    assert stage.state("head_slots_crf") == ("serving", "")
+    assert stage.ask() == before
+    wiring.rejected.clear()  # as after a minute
+    assert stage.settle(wiring).change is not None
+    assert newest(stage).merged == [["slots", "urgency"]]
+    assert stage.ask() == before
+
+
 def test_a_model_of_merged_heads_is_no_larger_than_it_may_be(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(stage)
     stage.drop("more", "head_same_request")
