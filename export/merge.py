@@ -73,12 +73,18 @@ def _part(folder: Path, prefix: str, names: Mapping[str, str], rename_outputs: b
 
 
 def size(folder: Path) -> int:
-    """Return the bytes of a model: of its newest version, with weights in files of their own."""
+    """Return the bytes of a model: of its newest version, with weights in files of their own.
+
+    Raises ContractError if there is none.
+    """
     return sum(file.stat().st_size for file in _model_file(folder).parent.rglob("*") if file.is_file())
 
 
 def _model_file(folder: Path) -> Path:
-    return max(folder.glob(f"[0-9]*/{MODEL_FILE}"), key=lambda file: int(file.parent.name))
+    files = list(folder.glob(f"[0-9]*/{MODEL_FILE}"))
+    if not files:
+        raise ContractError(f"{folder} holds no {MODEL_FILE} in a version folder; export it again")
+    return max(files, key=lambda file: int(file.parent.name))
 
 
 def _opsets(model: onnx.ModelProto) -> dict[str, int]:

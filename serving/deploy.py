@@ -81,12 +81,13 @@ class Deployer:
         What is served now is not touched.
         """
         fresh = target.models - (served.models if served else set())
+        trunk = target.trunk.models - (served.trunk.models if served else set())
         heads = {task: target.heads[task] for task in new}
         try:
             self._load(target)
             self._try_heads(target, heads)
             if target.heads:
-                self._try_ensemble(target, heads, fresh)
+                self._try_ensemble(target, heads, trunk, fresh)
         except Rejected as error:
             for model in error.reasons:
                 if model in fresh:
@@ -126,9 +127,13 @@ class Deployer:
         if reasons:
             raise Rejected(reasons, lasting=True)
 
-    def _try_ensemble(self, target: Served, new: Mapping[str, Head], fresh: set[str]) -> None:
-        """Ask an ensemble like the one that is to be; if it fails, find out by whom."""
-        merged = set[str]() if new else {group.model for group in target.groups} & fresh
+    def _try_ensemble(self, target: Served, new: Mapping[str, Head], trunk: set[str], fresh: set[str]) -> None:
+        """Ask an ensemble like the one that is to be; if it fails, find out by whom.
+
+        Of the `fresh` models, which are not served now, are `new` heads and those of another `trunk`. If there is none
+        of both, what is merged must answer as before.
+        """
+        merged = set[str]() if new or trunk else fresh & {group.model for group in target.groups}
         why = self._trial(target, like=ENSEMBLE if merged else None)
         if why is None:
             return
@@ -137,11 +142,11 @@ class Deployer:
             own = self._trial(target.only({task})) if len(target.heads) > 1 else why
             if own is not None:
                 reasons[head.model] = f"the ensemble with it fails: {own}"
-        trunk = {target.tokenizer, *(segment.model for segment in target.chain)} & fresh
         if trunk and len(reasons) == len(new):
             reasons = {model: f"the ensemble with this trunk fails: {why}" for model in trunk}
         elif not reasons:
-            reasons = {head.model: f"the ensemble fails with it and the others: {why}" for head in new.values()}
+            models = {head.model for head in new.values()} or fresh
+            reasons = dict.fromkeys(models, f"the ensemble fails with it and the others: {why}")
         if not reasons:
             raise WiringError(f"the ensemble fails: {why}")
         raise Rejected(reasons, lasting=True)

@@ -8,12 +8,14 @@ out where one is asked, nor where a request only passes them on its way to a dee
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
-from espalier.configs import head_config
-from espalier.contract import MergedInfo, merged_name
+from tritonclient.grpc import model_config_pb2 as pb
+
+from espalier.configs import head_config, trunk_config
+from espalier.contract import MergedInfo, Target, TrunkInfo, merged_name
 from espalier.errors import ContractError, one_line
 from espalier.files import digest
+from espalier.scheduling import Scheduling
 from export import merge
-from serving.check import BACKEND
 from serving.live import Live, Merge
 from serving.plan import Group, Head, Segment, Served
 
@@ -21,14 +23,14 @@ from serving.plan import Group, Head, Segment, Served
 def groups(served: Served, live: Live) -> dict[int, list[Group]]:
     """Return by tap the groups into which `served` can be merged, each as large as a model may be.
 
-    Candidates, which are asked only by name, stay alone; so does what has another backend, and heads with settings of
-    their own.
+    Candidates, which are asked only by name, stay alone; so do heads and segments with settings of their own, which may
+    not hold for what they would be in one model with. Raises ContractError if a model is not whole.
     """
 
     def fits(head: Head) -> bool:
         return not head.info.candidate and head.config == head_config(head.info)
 
-    ends = {segment.info.stop: segment for segment in served.chain if live.config(segment.model).backend == BACKEND}
+    ends = {s.info.stop: s for s in served.chain if _as_exported(live.config(s.model), s.info)}
     heads = sorted(filter(fits, served.heads.values()), key=lambda head: (head.info.tap, head.info.task))
     found: dict[int, list[Group]] = {}
     for tap, own in groupby(heads, key=lambda head: head.info.tap):
@@ -39,6 +41,18 @@ def groups(served: Served, live: Live) -> dict[int, list[Group]]:
                 name = f"{merged_name(tap, segment.info if segment else None)}-{digest(*held, *models.values())[:12]}"
                 found.setdefault(tap, []).append(Group(name, tap, segment, tuple(head.info for head in part), models))
     return found
+
+
+def _as_exported(config: pb.ModelConfig, info: TrunkInfo) -> bool:
+    """Tell whether the config of a segment has no other settings than an export gives it, however it is scheduled."""
+    try:
+        # Of no account on a GPU, where the config tells none.
+        scheduling = Scheduling.default(1) if info.target is Target.GPU else Scheduling.read(config)
+    except ContractError:
+        return False
+    exported = trunk_config(info, scheduling)
+    exported.name = config.name
+    return bool(config == exported)
 
 
 def _parts(segment: Segment | None, heads: Iterator[Head], live: Live) -> Iterator[tuple[Segment | None, list[Head]]]:
@@ -71,7 +85,7 @@ def make(group: Group, live: Live) -> None:
 
 def read(model: str, held: Merge, chain: Mapping[str, Segment], live: Live) -> Group | None:
     """Return the group of a merged model that holds `held`, on a `chain` by model; None if it is not there any more."""
-    if not live.has(model):
+    if not live.has(model) or (held.segment is not None and held.segment not in chain):
         return None
     infos = MergedInfo.read(live.config(model)).heads
     return Group(model, infos[0].tap, chain[held.segment] if held.segment else None, infos, held.heads)

@@ -31,6 +31,8 @@ PATIENCE = 60
 """How often a rollback looks whether the repository is at rest."""
 RETRY = 60.0
 """Seconds after which a model that the server could not load is tried again: it may have lacked memory."""
+MERGE_RETRY = 600.0
+"""The same of merged models: they are made anew for it, and nobody waits for them."""
 DEATHS = 2
 """How often the server may die while new models are tried before they are refused."""
 
@@ -247,8 +249,8 @@ class _Pass:
                 tokenizer = read.found
         return Trunk(tokenizer, tuple(segments)) if tokenizer is not None and segments else None
 
-    def _reject(self, error: Rejected) -> None:
-        until = float("inf") if error.lasting else self.now + RETRY
+    def _reject(self, error: Rejected, retry: float = RETRY) -> None:
+        until = float("inf") if error.lasting else self.now + retry
         self.wiring.rejected |= {model: (why, until) for model, why in error.reasons.items()}
 
     def _blamed(self, error: Rejected, target: Served) -> Rejected:
@@ -340,7 +342,7 @@ class _Pass:
     def _regroup(self, overruled: dict[str, str], trunk: tuple[str, ...], refused: Mapping[str, str]) -> Change | None:
         """Merge heads and the segment below, if what is served has been at rest for long enough; or part all.
 
-        One tap in a pass, so that what is wrong with one keeps no other apart.
+        One tap in a pass; if that fails the next, so that what is wrong with one keeps no other apart.
         """
         if self.served is None or self.state is None or self.now < self.wiring.regroup_from:
             return None
@@ -356,11 +358,10 @@ class _Pass:
                 # Heads are not rejected: they were served before.
                 models = {group.model for group in groups}
                 blamed = {model: why for model, why in error.reasons.items() if model in models}
-                self._reject(Rejected(blamed, error.lasting))
+                self._reject(Rejected(blamed, error.lasting), MERGE_RETRY)
                 self.wiring.regroup_from = self.now + RETRY
                 log.warning("heads stay as they are: %s", error)
                 self._tidy(self.state, at_once=True)
-                return None
         return None
 
     def _regroupings(self, served: Served, state: State) -> Iterator[list[Group]]:
@@ -369,7 +370,12 @@ class _Pass:
         if after is None:
             yield []
         elif (datetime.now(UTC) - state.time).total_seconds() >= after:
-            wanted = merging.groups(served, self.live)
+            try:
+                wanted = merging.groups(served, self.live)
+            except ContractError as error:
+                self.wiring.regroup_from = self.now + RETRY
+                log.warning("heads stay as they are: %s", error)
+                return
             for tap in sorted({group.tap for group in served.groups} | wanted.keys()):
                 own = wanted.get(tap, [])
                 if all([self._made(group) for group in own]):

@@ -30,6 +30,7 @@ from export.session import session
 from serving.check import check_onnx
 from serving.triton import TritonServer, on_free_ports
 
+Array = np.ndarray[Any, Any]
 TOGETHER = sorted(task for task, (tap, _) in TASKS.items() if tap == SHALLOW)
 
 
@@ -48,11 +49,17 @@ def whole(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def run(folder: Path, names: list[str], given: dict[str, Array]) -> list[Array]:
+    """Return outputs of the model in `folder`, which takes of `given` what it needs."""
+    model = session(folder / "1" / MODEL_FILE, 1)
+    answers: list[Array] = model.run(names, {tensor.name: given[tensor.name] for tensor in model.get_inputs()})
+    return answers
+
+
 def test_a_merged_model_answers_like_its_heads_to_the_last_bit(
     heads: list[tuple[HeadInfo, Path]], tmp_path: Path
 ) -> None:
     merge("heads_3", heads, tmp_path)
-    model = session(tmp_path / "1" / MODEL_FILE, 1)
     rng = np.random.default_rng(0)
     lengths = np.array([[7], [1], [30], [12]], np.int32)
     tokens, width = int(lengths.sum()), heads[0][0].hidden_size
@@ -61,9 +68,7 @@ def test_a_merged_model_answers_like_its_heads_to_the_last_bit(
         "shape": np.hstack([lengths, np.full_like(lengths, width)]), "input_ids": rng.integers(5, 30000, tokens),
     }  # fmt: skip
     for head, folder in heads:
-        alone = session(folder / "1" / MODEL_FILE, 1)
-        own = {tensor.name: feed[tensor.name] for tensor in alone.get_inputs()}
-        expected, answer = alone.run([head.output], own)[0], model.run([merged_output(head)], feed)[0]
+        [expected], [answer] = run(folder, [head.output], feed), run(tmp_path, [merged_output(head)], feed)
         assert expected.size > 0
         np.testing.assert_array_equal(answer, expected)
 
@@ -91,7 +96,7 @@ def test_a_segment_with_its_heads_answers_like_they_do_one_after_the_other(repos
     rng = np.random.default_rng(0)
     lengths = np.array([[7], [1], [30], [12]], np.int32)
     ids = rng.integers(5, 30000, int(lengths.sum()))
-    feed: dict[str, np.ndarray[Any, Any]] = {
+    feed: dict[str, Array] = {
         "input_ids": ids, "token_type_ids": np.zeros_like(ids), "length": lengths, "shape": lengths,
     }  # fmt: skip
     for segment in Repository(repository).trunk():
@@ -105,22 +110,15 @@ def test_a_segment_with_its_heads_answers_like_they_do_one_after_the_other(repos
         check_onnx(to / "1" / MODEL_FILE, config)
         assert TrunkInfo.read(config) == segment
         assert config.instance_group == read_config(repository / segment.model).instance_group
-        whole = session(to / "1" / MODEL_FILE, 1)
         names = [output.name for output in config.output]
         assert set(names) == {"hidden", *(merged_output(head) for head in own)}
-        given = feed | {"input_ids": ids}
-        answers = dict(
-            zip(
-                names, whole.run(names, {tensor.name: given[tensor.name] for tensor in whole.get_inputs()}), strict=True
-            )
-        )
-        hidden = session(repository / segment.model / "1" / MODEL_FILE, 1).run(["hidden"], feed)[0]
+        answers = dict(zip(names, run(to, names, feed | {"input_ids": ids}), strict=True))
+        [hidden] = run(repository / segment.model, ["hidden"], feed)
         np.testing.assert_array_equal(answers["hidden"], hidden)
         shape = np.hstack([lengths, np.full_like(lengths, hidden.shape[1])])
         below = {"hidden": hidden.reshape(-1), "length": lengths, "shape": shape, "input_ids": ids}
         for head in own:
-            alone = session(repository / head.model / "1" / MODEL_FILE, 1)
-            expected = alone.run([head.output], {tensor.name: below[tensor.name] for tensor in alone.get_inputs()})[0]
+            [expected] = run(repository / head.model, [head.output], below)
             assert expected.size > 0
             np.testing.assert_array_equal(answers[merged_output(head)], expected)
         feed = {BELOW: hidden.reshape(-1), "length": lengths, "shape": shape}
