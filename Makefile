@@ -31,7 +31,7 @@ live-check: $(STAMP)  ## change tasks under load, kill the wiring and Triton, co
 live-growth: $(STAMP)  ## what 1 to 32 tasks in one repository cost; writes docs/live-growth.json and its plot
 	$(BIN)/python -m benchmarks.live.growth
 
-bench: $(STAMP)  ## what serving costs against today's way (about an hour); writes docs/performance.md
+bench: $(STAMP)  ## what serving costs against today's way (about 80 minutes); writes docs/performance.md
 	$(BIN)/espalier bench
 
 perf-analyzer: $(STAMP)  ## install NVIDIA's perf_analyzer apart, into runs/perf_analyzer

@@ -180,11 +180,12 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
             for at, way in enumerate(("paper", "folding", "segments", "ragged", "apart", "ours"))
         },
         "by_load": {way: {"loads": loads, "highest_rate": 30.0} for way in ("ours", "ours_int8")}
-        | {"today": {"loads": loads, "highest_rate": 0.0}},
+        | {"today": {"loads": [*loads, {"part": 1.0, "rate": 40.0, "p50": None, "p99": None}], "highest_rate": 0.0}},
         "steps": {"trunk_0_4": {"batch": 6.1, **{f"{part}_ms": 80.0 for part in PARTS}}},
         "footprint": {way: {"memory_mib": 2048, "start_seconds": 6.0} for way in ("ours", "today")},
         "bound": {"streams": 2, "threads": 1, "batch": 8},
         "perf_analyzer": {"missing": "perf_analyzer cannot be installed"}, "p99_bound": 1.0, "turns": 3,
+        "offered_seconds": 60.0,
         "tokens_per_text": {"mixed": 23.0, "fixed": 32.0}, "size": "BERT-base", "trunk_layers": 9, "shallow_layers": 4,
         "baseline_level": "O2", "concurrency": 64, "cores": 2, "versions": {"onnxruntime": "1"}, "command": "bench",
     }  # fmt: skip
@@ -194,6 +195,7 @@ def test_the_report_tells_what_was_measured(tmp_path: Path) -> None:
     assert "| P99 at half of the highest rate ÷ P99 unloaded | 3.000 | 2.500 – 3.500 | ≤ 3 | yes |" in page
     assert "| all three, heads merged: ours | 60.0 (6.00×) | 60.0 (6.00×) | 60.0 (6.00×) |" in page
     assert "| today's way: eight full models | none |" in page
+    assert "| today's way: eight full models | 100% | 40.0 | does not keep up | does not keep up |" in page
     assert "2 × 1 threads, batches of 8" in page
     assert "Not measured: perf_analyzer cannot be installed." in page
     assert "GPU figures are not measured yet" in page

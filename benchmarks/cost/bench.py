@@ -30,7 +30,7 @@ from espalier.contract import ENSEMBLE
 from espalier.errors import ServerError
 from espalier.files import write_whole
 from espalier.scheduling import Scheduling, available_cores
-from serving.load import Asked, Server, Window, closed_loop, highest_rate, open_loop
+from serving.load import Asked, OverloadError, Server, Window, closed_loop, highest_rate, open_loop
 from serving.triton import TritonServer
 
 TEXTS = 256
@@ -38,8 +38,10 @@ DEEP = ways.TASKS[1:2]
 ALONE = (ways.SHALLOW,)
 UNLOADED = 20.0
 """Seconds of one request after the other."""
-HALF_LOAD = 60.0
-"""Seconds of random requests at half of the highest rate: a P99 of fewer texts is that of a handful of them."""
+OFFERED = 60.0
+"""Seconds of random requests at an offered load: a P99 of fewer texts is that of a handful of them."""
+OFFERED_TEXTS = 100
+"""Texts of such a window at least, on average; it is longer for it."""
 NEAR, TURNS = ("bound", "two", "ours_fixed"), 3
 """What differs least from ours, and its windows in a round; the others have one."""
 SLOW = 3.0
@@ -75,7 +77,7 @@ def bench(size: Literal["bert-base", "minilm"], seconds: float, rounds: int, hom
         "size": chosen.name, "trunk_layers": chosen.trunk, "shallow_layers": chosen.shallow,
         "baseline_level": built.level, "concurrency": ways.CONCURRENCY, "cores": available_cores(),
         "versions": {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}, "command": command,
-        "p99_bound": BOUND, "turns": TURNS,
+        "p99_bound": BOUND, "turns": TURNS, "offered_seconds": OFFERED,
     }  # fmt: skip
     stem = "performance" if size == "bert-base" else f"performance-{size}"
     write_whole(report / f"{stem}.json", json.dumps(found, indent=2) + "\n")
@@ -130,7 +132,7 @@ class _Bench:
         with ways.served(self._built.repositories[way], LOGS / f"bench-{way}.log") as server:
             if footprint is not None:
                 footprint.setdefault(way, {})["start_seconds"] = round(time.perf_counter() - began, 1)
-            self._warm_up(Asked(server.grpc_url, ENSEMBLE, ways.TASKS))
+            self._warm_up(Asked(server.grpc_url, ENSEMBLE, ways.TWO if way == "two" else ways.TASKS))
             yield server
 
     def _warm_up(self, server: Server) -> None:
@@ -232,7 +234,7 @@ class _Bench:
                     relative.setdefault(name, []).append(mean(beside[name]))
                 with show.waiting(f"round {number + 1} of {self._rounds}: latency"):
                     unloaded.append(closed_loop(asked("ours"), mixed, 1, UNLOADED))
-                    half_load.append(open_loop(asked("ours"), mixed, rates["ours"][-1] / 2, HALF_LOAD, seed=number))
+                    half_load.append(open_loop(asked("ours"), mixed, rates["ours"][-1] / 2, OFFERED, seed=number))
             for way, server in servers.items():
                 footprint[way]["memory_mib"] = _memory(server)
             before = statistics(servers["ours"].grpc_url)
@@ -297,12 +299,18 @@ class _Bench:
     # --- latency ------------------------------------------------------------------------------------------------------
 
     def _by_load(self, way: str, top: float) -> dict[str, Any]:
-        loads: list[dict[str, float]] = []
+        loads: list[dict[str, float | None]] = []
         with self._served(way) as server:
             asked = Asked(server.grpc_url, ENSEMBLE, ways.TASKS)
             for number, part in enumerate(LOADS):
                 with show.waiting(f"latency of {way} at {part:.0%} of its highest rate"):
-                    window = open_loop(asked, self._mixed, part * top, 1.5 * self._window(way), seed=number)
+                    seconds = max(OFFERED, OFFERED_TEXTS / (part * top))
+                    try:
+                        window = open_loop(asked, self._mixed, part * top, seconds, seed=number)
+                    except OverloadError as error:
+                        loads.append({"part": part, "rate": part * top, "p50": None, "p99": None})
+                        self._say(f"{way} at {part:.0%}: {error}")
+                        continue
                 p50, p99 = window.percentile(50), window.percentile(99)
                 loads.append({"part": part, "rate": part * top, "p50": p50, "p99": p99})
                 self._say(f"{way} at {part:.0%}: P50 {1000 * p50:.0f} ms, P99 {1000 * p99:.0f} ms")

@@ -204,7 +204,8 @@ def _latency(found: Mapping[str, Any], stem: str) -> list[str]:
         "",
         *_table(("", "P50", "P99"), waits),
         "",
-        "By offered load, random arrivals at a part of each way's own highest rate:",
+        "By offered load, random arrivals at a part of each way's own highest rate for "
+        f"{found['offered_seconds']:g} s or longer:",
         "",
         *_table(("", "load", "texts/s", "P50", "P99"), loads),
         "",
@@ -262,8 +263,8 @@ def _perf_analyzer(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms"
+def _ms(seconds: float | None) -> str:
+    return "does not keep up" if seconds is None else f"{1000 * seconds:.0f} ms"
 
 
 def _values(ratio: Mapping[str, Any]) -> tuple[str, str]:
@@ -293,7 +294,7 @@ def _plot_rates(rates: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def _plot_latency(by_load: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure, axes = new_figure(6.2, 3.6, "offered load, texts per second", "latency, ms")
     for way, color in WAYS.items():
-        loads = by_load[way]["loads"]
+        loads = [load for load in by_load[way]["loads"] if load["p99"] is not None]
         for percentile, style in (("p50", "--"), ("p99", "-")):
             axes.plot(
                 [load["rate"] for load in loads], [1000 * load[percentile] for load in loads], style, color=color,

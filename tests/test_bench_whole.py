@@ -1,0 +1,54 @@
+"""The bench from its first to its last step, with models so small and windows so short that no figure says anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
+
+from benchmarks import perf_analyzer
+from benchmarks.cost import baseline, bench, bound, build, checkpoint, ways
+from espalier.encoder import resolve
+from espalier.errors import ServerError
+
+RATIOS = {
+    "cost_reduction", "marginal_task", "ensemble_over_bound", "mixed_over_fixed", "ragged_over_padded",
+    "int8_over_fp32", "shallow_over_all", "p99_half_load_over_unloaded",
+}  # fmt: skip
+
+TASKS = ways.TASKS[:3]
+
+
+@pytest.mark.server
+def test_the_bench_ends_with_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny(size: checkpoint.Size, home: Path) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(checkpoint.MINILM))
+        set_seed(0)
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64
+        )
+        BertModel(config).save_pretrained(home / "tiny")
+        tokenizer.save_pretrained(home / "tiny")
+        return str(home / "tiny")
+
+    def missing() -> Path:
+        raise ServerError("perf_analyzer is left out")
+
+    monkeypatch.chdir(tmp_path)  # logs
+    monkeypatch.setattr(build, "checkpoint", tiny)
+    monkeypatch.setitem(bench.SIZES, "minilm", checkpoint.Size("tiny", trunk=3, shallow=1))
+    monkeypatch.setattr(perf_analyzer, "install", missing)
+    for module, name, less in (
+        (bench, "UNLOADED", 0.5), (bench, "OFFERED", 0.5), (bench, "OFFERED_TEXTS", 20), (bench, "WORKERS", (1,)),
+        (bench, "ASKED", {**bench.ASKED, "all": TASKS}), (bound, "TURNS", 1), (baseline, "LEVELS", ("O1",)),
+        (ways, "BATCHES", (16,)), (ways, "TASKS", TASKS),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, less)
+    home = tmp_path / "home"
+    bench.bench("minilm", 0.5, 1, home, tmp_path)
+    found = json.loads((tmp_path / "performance-minilm.json").read_text())
+    assert {name for name, ratio in found["ratios"].items() if ratio is not None} >= RATIOS
+    assert all(found["ratios"][name]["median"] > 0 for name in RATIOS - {"marginal_task", "cost_reduction"})
+    assert found["ratios"]["gpu"] is None
+    assert "perf_analyzer is left out" in (tmp_path / "performance-minilm.md").read_text()
+    assert not (home / "tiny.json").exists(), "the next run measures anew"
