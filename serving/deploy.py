@@ -130,8 +130,8 @@ class Deployer:
     def _try_ensemble(self, target: Served, new: Mapping[str, Head], trunk: set[str], fresh: set[str]) -> None:
         """Ask an ensemble like the one that is to be; if it fails, find out by whom.
 
-        Of the `fresh` models, which are not served now, are `new` heads and those of another `trunk`. If there is none
-        of both, what is merged must answer as before.
+        `fresh` models are not served now. If neither heads are `new` nor models of the `trunk`, those that are merged
+        must answer as the ensemble does now; what fails then may be the ensemble's fault, or the machine's.
         """
         merged = set[str]() if new or trunk else fresh & {group.model for group in target.groups}
         why = self._trial(target, like=ENSEMBLE if merged else None)
@@ -149,7 +149,7 @@ class Deployer:
             reasons = dict.fromkeys(models, f"the ensemble fails with it and the others: {why}")
         if not reasons:
             raise WiringError(f"the ensemble fails: {why}")
-        raise Rejected(reasons, lasting=True)
+        raise Rejected(reasons, lasting=not merged)
 
     def _trial(self, target: Served, like: str | None = None) -> str | None:
         """Return why an ensemble of `target` fails, or answers otherwise than `like`; None if it does not."""

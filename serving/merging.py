@@ -5,8 +5,7 @@ heads on its end in one model cost that once. But a step computes all that it ca
 out where one is asked, nor where a request only passes them on its way to a deeper tap.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping
 
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -20,8 +19,8 @@ from serving.live import Live, Merge
 from serving.plan import Group, Head, Segment, Served
 
 
-def groups(served: Served, live: Live) -> dict[int, list[Group]]:
-    """Return by tap the groups into which `served` can be merged, each as large as a model may be.
+def groups(served: Served, tap: int, live: Live) -> list[Group]:
+    """Return the groups into which the heads of a tap, and the segment below, can be merged, as large as may be.
 
     Candidates, which are asked only by name, stay alone; so do heads and segments with settings of their own, which may
     not hold for what they would be in one model with. Raises ContractError if a model is not whole.
@@ -30,16 +29,16 @@ def groups(served: Served, live: Live) -> dict[int, list[Group]]:
     def fits(head: Head) -> bool:
         return not head.info.candidate and head.config == head_config(head.info)
 
-    ends = {s.info.stop: s for s in served.chain if _as_exported(live.config(s.model), s.info)}
-    heads = sorted(filter(fits, served.heads.values()), key=lambda head: (head.info.tap, head.info.task))
-    found: dict[int, list[Group]] = {}
-    for tap, own in groupby(heads, key=lambda head: head.info.tap):
-        for segment, part in _parts(ends.get(tap), own, live):
-            if len(part) + (segment is not None) > 1:
-                models = {head.info.task: head.model for head in part}
-                held = [segment.model] if segment else []
-                name = f"{merged_name(tap, segment.info if segment else None)}-{digest(*held, *models.values())[:12]}"
-                found.setdefault(tap, []).append(Group(name, tap, segment, tuple(head.info for head in part), models))
+    heads = [head for _, head in sorted(served.heads.items()) if head.info.tap == tap and fits(head)]
+    [below] = [segment for segment in served.chain if segment.info.stop == tap]
+    alike = _as_exported(live.config(below.model), below.info)
+    found: list[Group] = []
+    for segment, part in _parts(below if alike else None, heads, live):
+        if len(part) + (segment is not None) > 1:
+            models = {head.info.task: head.model for head in part}
+            held = [segment.model] if segment else []
+            name = f"{merged_name(tap, segment.info if segment else None)}-{digest(*held, *models.values())[:12]}"
+            found.append(Group(name, tap, segment, tuple(head.info for head in part), models))
     return found
 
 
@@ -55,7 +54,7 @@ def _as_exported(config: pb.ModelConfig, info: TrunkInfo) -> bool:
     return bool(config == exported)
 
 
-def _parts(segment: Segment | None, heads: Iterator[Head], live: Live) -> Iterator[tuple[Segment | None, list[Head]]]:
+def _parts(segment: Segment | None, heads: Iterable[Head], live: Live) -> Iterator[tuple[Segment | None, list[Head]]]:
     """Cut a segment and the heads on its end into lists that are not larger than an ONNX file may be."""
     part: list[Head] = []
     total = merge.size(live.models / segment.model) if segment else 0
@@ -84,8 +83,13 @@ def make(group: Group, live: Live) -> None:
 
 
 def read(model: str, held: Merge, chain: Mapping[str, Segment], live: Live) -> Group | None:
-    """Return the group of a merged model that holds `held`, on a `chain` by model; None if it is not there any more."""
-    if not live.has(model) or (held.segment is not None and held.segment not in chain):
+    """Return the group of a merged model that holds `held`, on a `chain` by model; None if it is not there any more.
+
+    Raises ContractError if its segment is none of the chain.
+    """
+    if not live.has(model):
         return None
+    if held.segment is not None and held.segment not in chain:
+        raise ContractError(f"{model} was merged with {held.segment}, which is not in the trunk that was served")
     infos = MergedInfo.read(live.config(model)).heads
     return Group(model, infos[0].tap, chain[held.segment] if held.segment else None, infos, held.heads)

@@ -9,7 +9,7 @@ killed anywhere, and several may run in turn. A pass in which nothing changed ma
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,6 +129,7 @@ class _Pass:
         self.refusals = 0
         self.state = self.live.state()
         self.restored = False  # whether this pass did it
+        self.stays = False  # whether heads that should have been merged or parted were not
         self.served = self._restored()
         if self.state is not None and (self.restored or not wiring.tidied):  # a killed pass may have left something
             self._tidy(self.state, at_once=not wiring.tidied)
@@ -357,11 +358,11 @@ class _Pass:
             except Rejected as error:
                 # Heads are not rejected: they were served before.
                 models = {group.model for group in groups}
-                blamed = {model: why for model, why in error.reasons.items() if model in models}
-                self._reject(Rejected(blamed, error.lasting), MERGE_RETRY)
-                self.wiring.regroup_from = self.now + RETRY
-                log.warning("heads stay as they are: %s", error)
+                blamed = models & error.reasons.keys() or models - {group.model for group in self.served.groups}
+                self._stay(error, blamed, error.lasting)
                 self._tidy(self.state, at_once=True)
+        if self.stays:
+            self.wiring.regroup_from = self.now + RETRY
         return None
 
     def _regroupings(self, served: Served, state: State) -> Iterator[list[Group]]:
@@ -370,29 +371,34 @@ class _Pass:
         if after is None:
             yield []
         elif (datetime.now(UTC) - state.time).total_seconds() >= after:
-            try:
-                wanted = merging.groups(served, self.live)
-            except ContractError as error:
-                self.wiring.regroup_from = self.now + RETRY
-                log.warning("heads stay as they are: %s", error)
-                return
-            for tap in sorted({group.tap for group in served.groups} | wanted.keys()):
-                own = wanted.get(tap, [])
-                if all([self._made(group) for group in own]):
+            for tap in sorted(
+                {head.info.tap for head in served.heads.values()} | {group.tap for group in served.groups}
+            ):
+                own = self._groups(served, tap)
+                if own is not None:
                     others = [group for group in served.groups if group.tap != tap]
                     yield sorted([*own, *others], key=lambda group: (group.tap, group.model))
 
-    def _made(self, group: Group) -> bool:
-        """Make the model of a group if there is none; return whether it is fit to be served, as far as is known."""
-        if self._rejection(group.model):
-            return False
+    def _groups(self, served: Served, tap: int) -> list[Group] | None:
+        """Return the groups of a tap, with models made; None if one is not fit to be served, as far as is known."""
+        making = set[str]()
         try:
-            merging.make(group, self.live)
-        except ContractError as error:
-            self._reject(Rejected({group.model: str(error)}, lasting=True))
-            log.warning("heads stay as they are: %s", error)
-            return False
-        return True
+            groups = merging.groups(served, tap, self.live)
+            if any(self._rejection(group.model) for group in groups):
+                return None
+            for group in groups:
+                making = {group.model}
+                merging.make(group, self.live)
+        except (ContractError, OSError) as error:
+            self._stay(error, making, lasting=False)
+            return None
+        return groups
+
+    def _stay(self, error: Exception, models: Collection[str], lasting: bool) -> None:
+        """Note why heads are not merged or parted, and reject `models` of groups for it."""
+        self.stays = True
+        self._reject(Rejected(dict.fromkeys(models, str(error)), lasting), MERGE_RETRY)
+        log.warning("heads stay as they are: %s", error)
 
     def _pass_over(self, state: State, overruled: dict[str, str], trunk: tuple[str, ...]) -> None:
         """Write down what is passed over from now on; what is served stays."""

@@ -1,6 +1,7 @@
 """The bench: texts of the wanted lengths, load on a real Triton, ratios and their report."""
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from test_triton import group_of
 from tokenizers import Tokenizer
 
-from benchmarks import summary
+from benchmarks import perf_analyzer, summary
 from benchmarks.cost import padded, perf, python_server
 from benchmarks.cost.bench import _ratios
 from benchmarks.cost.footprint import PARTS, memory, statistics, steps
@@ -23,7 +24,7 @@ from espalier import texts
 from espalier.branch import Branch
 from espalier.contract import ENSEMBLE, Kind
 from espalier.encoder import Base
-from espalier.errors import ServerError
+from espalier.errors import DataError, ServerError
 from espalier.texts import mixed_lengths
 from export.session import session
 from serving import load
@@ -257,6 +258,28 @@ def test_a_load_that_is_not_stable_ends_no_sweep(tmp_path: Path) -> None:
     ]
     with pytest.raises(ServerError, match="--concurrency-range 7: error: no such load"):
         perf.sweep(binary, "nowhere", ["a text"], [("--concurrency-range", "7")], 1.0, to)
+
+
+def test_perf_analyzer_asks_about_given_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    binary, file, to = tmp_path / "perf_analyzer", tmp_path / "texts.txt", tmp_path / "found"
+    script = PERF_ANALYZER.replace("-f)", f'--input-data) cp "$2" "{tmp_path}/asked.json";; -f)')
+    binary.write_text(script.replace("--concurrency-range)", "--concurrency-range|--request-rate-range)"))
+    binary.chmod(0o755)
+    monkeypatch.setattr(perf_analyzer, "install", lambda: binary)
+    file.write_text("one text\n\nzwei Wörter\n", encoding="utf-8")
+    perf.main(file, "nowhere", [8], [2.5], 1.0, to)
+    asked = json.loads((tmp_path / "asked.json").read_text())["data"]
+    assert [item["TEXT"]["content"] for item in asked] == [["one text"], ["zwei Wörter"]]
+    for name, asked_with in (("concurrency", "8"), ("poisson", "2.50")):
+        assert (to / f"{name}.csv").read_text().splitlines()[1] == f"{asked_with},30,250000,400000"
+    assert "250 ms" in capsys.readouterr().out
+    file.write_text("\n")
+    with pytest.raises(DataError, match=r"texts\.txt holds no text; give a file with a text per line"):
+        perf.main(file, "nowhere", [8], None, 1.0, to)
+    perf.main(None, "nowhere", [8], None, 1.0, to)
+    assert len(json.loads((tmp_path / "asked.json").read_text())["data"]) > 4, "the demo's"
 
 
 def test_finished_stages_are_kept_until_all_is_done(tmp_path: Path) -> None:

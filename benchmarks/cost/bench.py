@@ -54,7 +54,6 @@ WORKERS = (1, 2)
 """Processes of the Python server that are tried."""
 PERF = ("ours", "today")
 """Ways that perf_analyzer asks."""
-PERF_CONCURRENCY = (1, 4, 16, 64)
 PERF_RATES = (0.25, 0.5, 0.75)
 """Random arrivals, of a way's own highest rate."""
 ABLATIONS = ("paper", "folding", "segments", "ragged", "apart", "ours")
@@ -329,10 +328,9 @@ class _Bench:
             return {"missing": str(error)}
 
     def _sweeps(self, binary: Path, way: str, top: float) -> dict[str, Any]:
-        random = ("--request-distribution", "poisson")
-        loads: dict[str, list[tuple[str, ...]]] = {
-            "concurrency": [("--concurrency-range", str(number)) for number in PERF_CONCURRENCY],
-            "poisson": [("--request-rate-range", f"{part * top:.2f}", *random) for part in PERF_RATES],
+        loads = {
+            "concurrency": perf.at_concurrency(perf.CONCURRENCY),
+            "poisson": perf.at_rates(part * top for part in PERF_RATES),
         }
         found = {}
         with self._served(way) as server:

@@ -1,25 +1,48 @@
-"""perf_analyzer on an ensemble, under one load after the other; its CSV is kept."""
+"""perf_analyzer on an ensemble, under one load after the other; its CSV is kept.
+
+    python -m benchmarks.cost.perf my-texts.txt --url localhost:8001 --concurrency 16 --rate 20
+
+asks a server that runs already all of its tasks, about the texts of a file.
+"""
 
 import csv
 import io
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.perf_analyzer import environment
+import typer
+from rich.table import Table
+
+from benchmarks import perf_analyzer, run
+from espalier import show
 from espalier.contract import ENSEMBLE, TEXT
-from espalier.errors import ServerError
+from espalier.errors import DataError, ServerError
 from espalier.files import write_whole
 
+CONCURRENCY = (1, 4, 16, 64)
+"""Requests under way that are swept."""
+DEMO = Path(__file__).parents[2] / "deploy" / "perf_input.json"
+"""The demo's texts, as perf_analyzer reads them."""
 TRIALS = 6
 """Windows within which three in a row have to agree."""
 AGREE = 25  # %
 ANY = 999  # %, a factor of about ten
 UNSTABLE = "Failed to obtain stable measurement"
 """What perf_analyzer says if they do not; it then tells nothing else."""
+
+
+def at_concurrency(numbers: Iterable[int]) -> list[tuple[str, ...]]:
+    """Return loads of so many requests under way each, as arguments of perf_analyzer."""
+    return [("--concurrency-range", str(number)) for number in numbers]
+
+
+def at_rates(rates: Iterable[float]) -> list[tuple[str, ...]]:
+    """Return loads of so many random arrivals a second each (a Poisson process), as arguments of perf_analyzer."""
+    return [("--request-rate-range", f"{rate:.2f}", "--request-distribution", "poisson") for rate in rates]
 
 
 def sweep(
@@ -31,7 +54,7 @@ def sweep(
     again, by three windows that hardly have to agree. Returns per load: `load`, texts per second, P50 and P99 in
     seconds, and whether it was `stable`. Raises ServerError if a run fails.
     """
-    tables: list[str] = []
+    lines: list[str] = []
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "texts.json")
@@ -42,10 +65,10 @@ def sweep(
             table = table or _run(binary, url, data, load, seconds, ANY)
             if table is None:
                 raise ServerError(f"perf_analyzer found nothing that is stable under {' '.join(load)}")
-            tables.append(table)
+            head, *own = table.splitlines()
+            lines = [*(lines or [head]), *own]
             found += [{**row, "stable": stable} for row in rows(table)]
-    head = tables[0].splitlines()[0]
-    write_whole(to, "\n".join([head, *(line for table in tables for line in table.splitlines()[1:])]) + "\n")
+            write_whole(to, "\n".join(lines) + "\n")  # what was measured is kept if the next load fails
     return found
 
 
@@ -61,7 +84,12 @@ def _run(binary: Path, url: str, data: Path, load: Sequence[str], seconds: float
     limit = 60 + 2 * TRIALS * seconds
     try:
         done = subprocess.run(
-            command, env=environment(binary.parent), capture_output=True, text=True, timeout=limit, check=False
+            command,
+            env=perf_analyzer.environment(binary.parent),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ServerError(f"perf_analyzer did not end within {limit:g} s under {' '.join(load)}") from error
@@ -86,3 +114,49 @@ def rows(content: str) -> list[dict[str, float]]:
         }
 
     return list(map(row, csv.DictReader(io.StringIO(content))))
+
+
+def main(
+    texts: Annotated[Path | None, typer.Argument(help="A text per line; without a file the demo's are taken.")] = None,
+    url: Annotated[str, typer.Option(help="host:port of Triton's gRPC endpoint.")] = "localhost:8001",
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests under way; may be repeated.")] = None,
+    rate: Annotated[list[float] | None, typer.Option(min=0.1, help="Random texts a second; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Length of a window; three have to agree.")] = 5.0,
+    out: Annotated[Path, typer.Option(help="Folder of concurrency.csv and poisson.csv.")] = Path("runs/perf"),
+) -> None:
+    """Ask a server all of its tasks about texts, under one load after the other; print and keep what came out.
+
+    Without a load it is asked with 1, 4, 16 and 64 requests under way.
+    """
+    asked = _lines(texts) if texts else [item[TEXT]["content"][0] for item in json.loads(DEMO.read_text())["data"]]
+    with show.waiting("installing perf_analyzer"):
+        binary = perf_analyzer.install()
+    numbers = concurrency or (() if rate else CONCURRENCY)
+    for name, loads in (("concurrency", at_concurrency(numbers)), ("poisson", at_rates(rate or ()))):
+        if loads:
+            to = out / f"{name}.csv"
+            with show.waiting(f"perf_analyzer: {name}"):
+                found = sweep(binary, url, asked, loads, seconds, to)
+            show.messages.print(f"perf_analyzer wrote {to}", highlight=False, soft_wrap=True)
+            table = Table(name, "texts/s", "P50", "P99", "")
+            for row in found:
+                waits = (f"{1000 * row[percentile]:.0f} ms" for percentile in ("p50", "p99"))
+                said = "" if row["stable"] else "not stable"
+                table.add_row(f"{row['load']:g}", f"{row['texts_per_second']:.1f}", *waits, said)
+            show.output.print(table)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 at byte {error.start}; give a text per line in UTF-8") from error
+    if not lines:
+        raise DataError(f"{file} holds no text; give a file with a text per line")
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

@@ -54,8 +54,8 @@ def _page(found: Mapping[str, Any], stem: str) -> list[str]:
         f"Measured by `{found['command']}` on {found['cores']} CPU cores, ONNX Runtime "
         f"{found['versions']['onnxruntime']}, embedded Triton. The machine's own speed changes within minutes, so each "
         "window of another way lies between two of ours, and a ratio is of their mean; it is the median of the rounds, "
-        f"with their range. In a round the bound, one deep task and equal lengths have {found['turns']} windows, the "
-        "others one. Absolute rates belong to one machine and day.",
+        "with their range. In a round the bound, a server of two tasks and equal lengths have "
+        f"{found['turns']} windows, the others one. Absolute rates belong to one machine and day.",
         "",
         *_what(found),
         "",
