@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from espalier.errors import DataError
 
 FIXED = 32
 SPECIAL = 2  # [CLS] and [SEP]
@@ -14,6 +17,19 @@ BLOCK = 64
 def mixed_lengths(rng: np.random.Generator, count: int, longest: int = 128) -> "np.typing.NDArray[np.int64]":
     """Draw lengths in tokens: log-normal, 5 to 128, 23 in the mean – short questions with a tail of longer texts."""
     return np.clip(rng.lognormal(2.95, 0.6, count).round().astype(np.int64), 5, min(128, longest))
+
+
+def read_texts(file: Path, advice: str) -> list[str]:
+    """Return the lines of `file` that are not empty; raise DataError, with `advice`, if there are none to read."""
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}; {advice}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 at byte {error.start}; {advice}") from error
+    if not lines:
+        raise DataError(f"{file} holds no text; {advice}")
+    return lines
 
 
 def mixed(tokenizer: str, count: int, seed: int = 0) -> list[str]:

@@ -19,8 +19,8 @@ from serving.live import Live, Merge
 from serving.plan import Group, Head, Segment, Served
 
 
-def groups(served: Served, tap: int, live: Live) -> list[Group]:
-    """Return the groups into which the heads of a tap, and the segment below, can be merged, as large as may be.
+def groups(served: Served, below: Segment, live: Live) -> list[Group]:
+    """Return the groups into which a segment of `served` and the heads on its end can be merged, as large as may be.
 
     Candidates, which are asked only by name, stay alone; so do heads and segments with settings of their own, which may
     not hold for what they would be in one model with. Raises ContractError if a model is not whole.
@@ -29,8 +29,8 @@ def groups(served: Served, tap: int, live: Live) -> list[Group]:
     def fits(head: Head) -> bool:
         return not head.info.candidate and head.config == head_config(head.info)
 
+    tap = below.info.stop
     heads = [head for _, head in sorted(served.heads.items()) if head.info.tap == tap and fits(head)]
-    [below] = [segment for segment in served.chain if segment.info.stop == tap]
     alike = _as_exported(live.config(below.model), below.info)
     found: list[Group] = []
     for segment, part in _parts(below if alike else None, heads, live):

@@ -27,11 +27,11 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from espalier.configs import ensemble_config, read_config, write_config
 from espalier.contract import ENSEMBLE, MODEL_FILE, TOKENIZER, TOKENIZER_FILE, HeadInfo, TrunkInfo
-from espalier.errors import ContractError, DataError, ServerError
+from espalier.errors import ContractError, ServerError
 from espalier.files import digest, locked, write_whole
 from espalier.repository import Repository, check_head
 from espalier.scheduling import Scheduling, available_cores
-from espalier.texts import mixed
+from espalier.texts import mixed, read_texts
 from serving.load import Asked, closed_loop, highest_rate
 from serving.triton import on_free_ports
 
@@ -181,13 +181,7 @@ def texts_to_ask(repository: Path, file: Path | None) -> list[str]:
     if file is None:
         tokenizer = next((repository / TOKENIZER).glob(f"*/{TOKENIZER_FILE}"))
         return mixed(tokenizer.read_text(encoding="utf-8"), TEXTS)
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}; --texts takes a text per line") from error
-    if not lines:
-        raise DataError(f"{file} holds no text; --texts takes a text per line")
-    return lines
+    return read_texts(file, "--texts takes a text per line")
 
 
 @dataclass

@@ -371,19 +371,17 @@ class _Pass:
         if after is None:
             yield []
         elif (datetime.now(UTC) - state.time).total_seconds() >= after:
-            for tap in sorted(
-                {head.info.tap for head in served.heads.values()} | {group.tap for group in served.groups}
-            ):
-                own = self._groups(served, tap)
+            for segment in served.chain:
+                own = self._groups(served, segment)
                 if own is not None:
-                    others = [group for group in served.groups if group.tap != tap]
+                    others = [group for group in served.groups if group.tap != segment.info.stop]
                     yield sorted([*own, *others], key=lambda group: (group.tap, group.model))
 
-    def _groups(self, served: Served, tap: int) -> list[Group] | None:
-        """Return the groups of a tap, with models made; None if one is not fit to be served, as far as is known."""
+    def _groups(self, served: Served, below: Segment) -> list[Group] | None:
+        """Return the groups on a segment, with models made; None if one is not fit to be served, as far as is known."""
         making = set[str]()
         try:
-            groups = merging.groups(served, tap, self.live)
+            groups = merging.groups(served, below, self.live)
             if any(self._rejection(group.model) for group in groups):
                 return None
             for group in groups:

@@ -131,7 +131,7 @@ class _Bench:
         with ways.served(self._built.repositories[way], LOGS / f"bench-{way}.log") as server:
             if footprint is not None:
                 footprint.setdefault(way, {})["start_seconds"] = round(time.perf_counter() - began, 1)
-            self._warm_up(Asked(server.grpc_url, ENSEMBLE, ways.TWO if way == "two" else ways.TASKS))
+            self._warm_up(Asked(server.grpc_url, ENSEMBLE, ways.tasks_of(way)))
             yield server
 
     def _warm_up(self, server: Server) -> None:
@@ -206,8 +206,8 @@ class _Bench:
             def load(server: Server, some: list[str] = mixed, seconds: float = seconds) -> float:
                 return closed_loop(server, some, ways.CONCURRENCY, seconds).rate
 
-            def asked(way: str, tasks: tuple[str, ...] = ways.TASKS) -> Asked:
-                return Asked(servers[way].grpc_url, ENSEMBLE, tasks)
+            def asked(way: str, tasks: tuple[str, ...] = ()) -> Asked:
+                return Asked(servers[way].grpc_url, ENSEMBLE, tasks or ways.tasks_of(way))
 
             plan: dict[str, Callable[[], float]] = {
                 "ours": lambda: load(asked("ours")),
@@ -215,7 +215,7 @@ class _Bench:
                     arrangement, built.repositories["ours"], built.tokenizer, mixed, ways.TASKS, seconds
                 ),
                 "today": today,
-                "two": lambda: load(asked("two", ways.TWO)),
+                "two": lambda: load(asked("two")),
                 "ours_fixed": lambda: load(asked("ours"), fixed),
                 "ours_padded": lambda: load(asked("ours"), padded),
                 "apart": lambda: load(asked("apart")),

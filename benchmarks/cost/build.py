@@ -69,13 +69,10 @@ def build(size: Size, home: Path, report: Callable[[str], None]) -> Built:
         report(way)
         repositories[way] = folder / way
         _keep(repositories[way], code, make)
-    together = {
-        "ours": ("apart", ways.TASKS), "two": ("apart", ways.TWO), "ours_int8": ("apart_int8", ways.TASKS),
-    }  # fmt: skip
-    for way, (apart, tasks) in together.items():
+    for way, apart in (("ours", "apart"), ("two", "apart"), ("ours_int8", "apart_int8")):
         report(f"{way}: merging")
-        repositories[way] = folder / way
-        _keep(repositories[way], digest(code, _models(folder / apart)), partial(ways.merged, folder / apart, tasks))
+        repositories[way], parts = folder / way, folder / apart
+        _keep(repositories[way], digest(code, _models(parts)), partial(ways.merged, parts, ways.tasks_of(way)))
     return Built(name, base.tokenizer, [branches / task for task in ways.TASKS], repositories, level)
 
 

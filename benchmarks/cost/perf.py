@@ -10,7 +10,7 @@ import io
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,9 @@ from rich.table import Table
 from benchmarks import perf_analyzer, run
 from espalier import show
 from espalier.contract import ENSEMBLE, TEXT
-from espalier.errors import DataError, ServerError
+from espalier.errors import ServerError
 from espalier.files import write_whole
+from espalier.texts import read_texts
 
 CONCURRENCY = (1, 4, 16, 64)
 """Requests under way that are swept."""
@@ -82,15 +83,9 @@ def _run(binary: Path, url: str, data: Path, load: Sequence[str], seconds: float
         "--stability-percentage", str(agree), *load,
     ]  # fmt: skip
     limit = 60 + 2 * TRIALS * seconds
+    libraries = perf_analyzer.environment(binary.parent)
     try:
-        done = subprocess.run(
-            command,
-            env=perf_analyzer.environment(binary.parent),
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
+        done = subprocess.run(command, env=libraries, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired as error:
         raise ServerError(f"perf_analyzer did not end within {limit:g} s under {' '.join(load)}") from error
     if done.returncode == 0 and table.is_file():
@@ -116,6 +111,13 @@ def rows(content: str) -> list[dict[str, float]]:
     return list(map(row, csv.DictReader(io.StringIO(content))))
 
 
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a row of `sweep` in words: load, texts per second, P50, P99, and whether it was not stable."""
+    waits = (f"{1000 * row[percentile]:.0f} ms" for percentile in ("p50", "p99"))
+    said = "" if row["stable"] else "not stable"
+    return (f"{row['load']:g}", f"{row['texts_per_second']:.1f}", *waits, said)
+
+
 def main(
     texts: Annotated[Path | None, typer.Argument(help="A text per line; without a file the demo's are taken.")] = None,
     url: Annotated[str, typer.Option(help="host:port of Triton's gRPC endpoint.")] = "localhost:8001",
@@ -128,7 +130,10 @@ def main(
 
     Without a load it is asked with 1, 4, 16 and 64 requests under way.
     """
-    asked = _lines(texts) if texts else [item[TEXT]["content"][0] for item in json.loads(DEMO.read_text())["data"]]
+    if texts:
+        asked = read_texts(texts, "give a file with a text per line")
+    else:
+        asked = [item[TEXT]["content"][0] for item in json.loads(DEMO.read_text())["data"]]
     with show.waiting("installing perf_analyzer"):
         binary = perf_analyzer.install()
     numbers = concurrency or (() if rate else CONCURRENCY)
@@ -140,22 +145,8 @@ def main(
             show.messages.print(f"perf_analyzer wrote {to}", highlight=False, soft_wrap=True)
             table = Table(name, "texts/s", "P50", "P99", "")
             for row in found:
-                waits = (f"{1000 * row[percentile]:.0f} ms" for percentile in ("p50", "p99"))
-                said = "" if row["stable"] else "not stable"
-                table.add_row(f"{row['load']:g}", f"{row['texts_per_second']:.1f}", *waits, said)
+                table.add_row(*cells(row))
             show.output.print(table)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 at byte {error.start}; give a text per line in UTF-8") from error
-    if not lines:
-        raise DataError(f"{file} holds no text; give a file with a text per line")
-    return lines
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.cost.footprint import PARTS
-from benchmarks.cost.perf import AGREE
+from benchmarks.cost.perf import AGREE, cells
 from espalier.files import write_whole
 from espalier.scheduling import Scheduling
 from training.plots import INK, LINE, new_figure, write_figure
@@ -245,14 +245,11 @@ def _perf_analyzer(found: Mapping[str, Any]) -> list[str]:
     if "missing" in found:
         return [*lines, f"Not measured: {found['missing']}."]
     rows = [
-        (
-            NAMES[way], name, f"{row['load']:g}", f"{row['texts_per_second']:.1f}", _ms(row["p50"]), _ms(row["p99"]),
-            "" if row["stable"] else "not stable",
-        )
+        (NAMES[way], name, *cells(row))
         for way, sweeps in found.items()
         for name, rows in sweeps.items()
         for row in rows
-    ]  # fmt: skip
+    ]
     return [
         *lines,
         "NVIDIA's own load generator on the same servers, all outputs; its CSV is in `docs/perf_analyzer/`. The load "

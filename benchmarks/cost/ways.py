@@ -61,6 +61,11 @@ def ours(base: Base, size: Size, target: Target, branches: Path, to: Path) -> No
     ship(base, {task: (tap, seed) for seed, (task, tap) in enumerate(taps.items())}, to, branches, target)
 
 
+def tasks_of(way: str) -> tuple[str, ...]:
+    """Return the tasks that a way serves."""
+    return TWO if way == "two" else TASKS
+
+
 def merged(repository: Path, tasks: Sequence[str], to: Path) -> None:
     """Write a repository with those heads of ours, some on each tap, merged into the segments; all else are links."""
     there = Repository(repository)
